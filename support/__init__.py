@@ -1,0 +1,1 @@
+"""The finished versions of what the notebooks build, one module for each idea."""
