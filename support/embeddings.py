@@ -53,11 +53,13 @@ class InputEmbedding(nn.Module):
 class SkipGram(nn.Module):
     """Word vectors that tell a word's neighbors from random words.
 
+    All the random words together weigh as much as `weight` true neighbors.
     Mikolov et al., Distributed Representations of Words and Phrases, 2013, section 2.2.
     """
 
-    def __init__(self, vocab_size: int, d_model: int):
+    def __init__(self, vocab_size: int, d_model: int, weight: float = 5.0):
         super().__init__()
+        self.weight = weight
         self.center = nn.Embedding(vocab_size, d_model)
         self.context = nn.Embedding(vocab_size, d_model)
         nn.init.normal_(self.center.weight, std=d_model**-0.5)
@@ -68,7 +70,7 @@ class SkipGram(nn.Module):
         vectors = self.center(centers)  # (B, C)
         true = (vectors * self.context(neighbors)).sum(-1)  # (B,)
         false = vectors @ self.context(randoms).T  # (B, K)
-        return -(F.logsigmoid(true) + F.logsigmoid(-false).sum(-1)).mean()
+        return -(F.logsigmoid(true) + self.weight * F.logsigmoid(-false).mean(-1)).mean()
 
 
 def nearest(

@@ -170,6 +170,20 @@ def byte_letters() -> dict[str, int]:
     return {chr(b): b for b in printing} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
+def read_gpt2() -> tuple[dict[bytes, int], list[tuple[bytes, bytes]], dict[str, int]]:
+    """Return the vocabulary, the merges and the special tokens of GPT-2's own files."""
+    folder, byte_of = fetch("gpt2-bpe"), byte_letters()
+
+    def to_bytes(token: str) -> bytes:
+        return bytes(byte_of[letter] for letter in token)
+
+    encoder = json.loads((folder / "encoder.json").read_bytes())
+    special_tokens = {"<|endoftext|>": encoder.pop("<|endoftext|>")}
+    lines = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
+    merges = [tuple(map(to_bytes, line.split(" "))) for line in lines]
+    return {to_bytes(token): i for token, i in encoder.items()}, merges, special_tokens
+
+
 class BPECodec:
     """Text to token ids and back, given a vocabulary and merges.
 
@@ -268,13 +282,4 @@ class BPETokenizer(BPECodec):
     @classmethod
     def gpt2(cls):
         """Return OpenAI's GPT-2 tokenizer: 50,257 tokens."""
-        folder, byte_of = fetch("gpt2-bpe"), byte_letters()
-
-        def to_bytes(token):
-            return bytes(byte_of[letter] for letter in token)
-
-        encoder = json.loads((folder / "encoder.json").read_bytes())
-        special_tokens = {"<|endoftext|>": encoder.pop("<|endoftext|>")}
-        lines = (folder / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
-        merges = [tuple(map(to_bytes, line.split(" "))) for line in lines]
-        return cls({to_bytes(token): i for token, i in encoder.items()}, merges, special_tokens)
+        return cls(*read_gpt2())

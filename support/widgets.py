@@ -1,7 +1,6 @@
 """Controls to turn, and progress to watch."""
 
 import base64
-import io
 import os
 from collections.abc import Callable, Iterable
 from html import escape
@@ -10,6 +9,8 @@ import ipywidgets
 from IPython.display import display
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
+
+from support.plots import png
 
 
 def explore(draw: Callable[..., Figure], alt: str | Callable[..., str], **controls) -> None:
@@ -33,16 +34,16 @@ def explore(draw: Callable[..., Figure], alt: str | Callable[..., str], **contro
 
     def show(_=None) -> bytes:
         try:
-            png = _png(draw(**now()))
+            image = png(draw(**now()))
         except Exception as error:
             picture.value = f"<p>This setting cannot be drawn: {escape(str(error))}</p>"
             raise
-        source = base64.b64encode(png).decode()
+        source = base64.b64encode(image).decode()
         picture.value = f'<img alt="{escape(describe())}" src="data:image/png;base64,{source}">'
-        return png
+        return image
 
     picture = ipywidgets.HTML()
-    png = show()
+    image = show()
     for box in boxes.values():
         box.observe(show, names="value")
     panel = ipywidgets.VBox([*(_with_number(name, box) for name, box in boxes.items()), picture])
@@ -53,10 +54,10 @@ def explore(draw: Callable[..., Figure], alt: str | Callable[..., str], **contro
             "version_major": 2,
             "version_minor": 0,
         },
-        "image/png": base64.b64encode(png).decode(),
+        "image/png": base64.b64encode(image).decode(),
         "text/plain": describe(),
     }
-    display(bundle, raw=True)
+    display(bundle, metadata={"image/png": {"alt": describe()}}, raw=True)
 
 
 def progress(items: Iterable, description: str = "", **options) -> tqdm:
@@ -89,9 +90,3 @@ def _with_number(name: str, box) -> ipywidgets.Widget:
     number = kind(value=box.value, min=box.min, max=box.max, step=box.step, layout={"width": "6em"})
     ipywidgets.link((box, "value"), (number, "value"))
     return ipywidgets.HBox([label, box, number])
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()

@@ -32,8 +32,6 @@ def normalize(book):
         for output in cell.get("outputs", []):
             output.get("data", {}).pop(WIDGET, None)  # points to a kernel that is gone
             output.pop("transient", None)
-            if "metadata" in output:
-                output.metadata = {}
     book.nbformat, book.nbformat_minor = 4, 5
     return book
 
