@@ -51,7 +51,7 @@ def merge_pair(word: list[bytes], pair: tuple[bytes, bytes]):
 
 
 def learn_merges(pieces: Counter[bytes], n_merges: int) -> list[tuple[bytes, bytes]]:
-    """Return the merges that BPE learns from `pieces` (piece -> count), most frequent pair first.
+    """Return the merges that BPE learns from `pieces` (piece -> count), the first one first.
 
     Of equally frequent pairs the greatest (bytes, bytes) wins. Ends early when no pair is left.
     """

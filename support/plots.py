@@ -1,0 +1,149 @@
+"""The pictures of the course: each function returns a matplotlib Figure, and `show` displays it.
+
+The colors are those of Okabe and Ito, which color-blind readers can tell apart, on a white ground
+that is readable on a dark page too.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+
+from IPython.display import display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+
+BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
+COLORS = [BLUE, ORANGE, GREEN, RED, PURPLE, "#56B4E9", "#666666"]
+LINES = ["-", "--", "-.", ":"]  # so that color is never the only difference
+PALE = ["#DCEBF5", "#FBEBCB", "#D5EEE6", "#F5E3EC", "#F8DDCF"]
+INK, GRAY = "#1f2328", "#57606a"
+
+
+def show(figure: Figure, alt: str) -> None:
+    """Put a figure on the page with `alt`, its content in words, for those who cannot see it."""
+    data = {"image/png": base64.b64encode(png(figure)).decode(), "text/plain": alt}
+    display(data, metadata={"image/png": {"alt": alt}}, raw=True)
+
+
+def png(figure: Figure) -> bytes:
+    """Return the figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def new_axes(width: float = 7.5, height: float = 3.6, title: str = "") -> tuple[Figure, Axes]:
+    """Return an empty figure in the style of the course, and its axes."""
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white", layout="constrained")
+    axes = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e5e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_title(title, loc="left", fontsize=12, color=INK)
+    return figure, axes
+
+
+def plot_lines(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    x: str,
+    y: str,
+    title: str = "",
+    x_log: bool = False,
+    y_log: bool = False,
+) -> Figure:
+    """Draw curves, each named and given as (xs, ys)."""
+    figure, axes = new_axes(title=title)
+    for i, (name, (xs, ys)) in enumerate(curves.items()):
+        style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
+        axes.plot(xs, ys, label=name, linewidth=2, **style)
+    axes.set(xlabel=x, ylabel=y)
+    axes.set_xscale("log" if x_log else "linear")
+    axes.set_yscale("log" if y_log else "linear")
+    if len(curves) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+def plot_bars(values: Mapping[str, float], x: str, title: str = "", decimals: int = 1) -> Figure:
+    """Draw one horizontal bar for each named value, the first on top, with its number."""
+    figure, axes = new_axes(height=0.8 + 0.42 * len(values), title=title)
+    bars = axes.barh(list(values), list(values.values()), color=BLUE, height=0.6)
+    axes.bar_label(bars, fmt=f"{{:,.{decimals}f}}", padding=4, color=INK)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.12)
+    axes.set_xlabel(x)
+    return figure
+
+
+def plot_heatmap(matrix, x: str, y: str, title: str = "", label: str = "") -> Figure:
+    """Draw a matrix as colors, with zero in the middle of the scale."""
+    figure, axes = new_axes(title=title)
+    limit = float(abs(matrix).max())
+    image = axes.imshow(matrix, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
+    axes.grid(visible=False)
+    axes.set(xlabel=x, ylabel=y)
+    figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
+def plot_points(points, names: Sequence[str], groups: Sequence[str], title: str = "") -> Figure:
+    """Draw named points (n, 2), colored and marked by group."""
+    figure, axes = new_axes(height=4.8, title=title)
+    for i, group in enumerate(dict.fromkeys(groups)):
+        rows = [r for r, g in enumerate(groups) if g == group]
+        xs, ys = [float(points[r][0]) for r in rows], [float(points[r][1]) for r in rows]
+        marker = "osD^vPX"[i % 7]
+        axes.scatter(xs, ys, color=COLORS[i % len(COLORS)], marker=marker, label=group, s=40)
+        for r, px, py in zip(rows, xs, ys, strict=True):
+            axes.annotate(names[r], (px, py), (5, 4), textcoords="offset points", fontsize=10)
+    axes.set(xticks=[], yticks=[])
+    axes.margins(0.12)
+    axes.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def plot_tokens(tokens: Sequence[str], title: str = "", width: int = 76) -> Figure:
+    """Draw each token in a box of its own, in lines of `width` characters; spaces show as ␣."""
+    lines, used = [[]], 0
+    for token in tokens:
+        shown = token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+        if used + len(shown) + 0.6 > width and lines[-1]:
+            lines.append([])
+            used = 0
+        lines[-1].append((used, shown))
+        used += len(shown) + 0.6
+    figure, axes = new_axes(width=9, height=0.55 + 0.36 * len(lines), title=title)
+    axes.set(xlim=(0, width), ylim=(len(lines) - 0.4, -0.6))
+    axes.axis("off")
+    for y, line in enumerate(lines):
+        for i, (x, shown) in enumerate(line):
+            box = (x + 0.1, y - 0.36), len(shown) + 0.4, 0.72
+            color = PALE[(i + 2 * y) % len(PALE)]
+            axes.add_patch(FancyBboxPatch(*box, boxstyle="square,pad=0", fc=color, ec="#9aa4ae"))
+            center = x + 0.3 + len(shown) / 2
+            axes.text(center, y, shown, family="monospace", ha="center", va="center", fontsize=11)
+    return figure
+
+
+def plot_windows(tokens: Sequence[str], context_length: int, stride: int) -> Figure:
+    """Draw a row of tokens and, under it, every sliding window: inputs blue, targets orange."""
+    starts = range(0, len(tokens) - context_length, stride)
+    figure, axes = new_axes(width=9, height=1.0 + 0.62 * len(starts))
+    axes.set(xlim=(-1.9, len(tokens)), ylim=(len(starts) + 0.1, -0.8))
+    axes.axis("off")
+    font = {"family": "monospace", "ha": "center", "va": "center"}
+    for x, token in enumerate(tokens):
+        axes.text(x + 0.5, -0.45, token.replace(" ", "␣"), fontsize=11, weight="bold", **font)
+    for y, start in enumerate(starts):
+        axes.text(-0.15, y + 0.42, f"window {y}", ha="right", va="center", color=GRAY)
+        for shift, row, color, edge in ((0, 0.22, PALE[0], BLUE), (1, 0.62, PALE[1], RED)):
+            for x in range(start + shift, start + shift + context_length):
+                box = (x + 0.04, y + row - 0.17), 0.92, 0.34
+                axes.add_patch(FancyBboxPatch(*box, boxstyle="square,pad=0", fc=color, ec=edge))
+                axes.text(x + 0.5, y + row, tokens[x].replace(" ", "␣"), fontsize=9, **font)
+    axes.text(
+        0, len(starts) - 0.02, "blue, upper row: input     orange, lower row: target", color=GRAY
+    )
+    return figure
