@@ -6,7 +6,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
 JOBS ?= 2
 # One thread a process: the notebooks run side by side, and their outputs do not depend on the cores.
-ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 PYTHONHASHSEED=0
+ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
 .PHONY: setup data lab test notebooks sync bench clean
 .DELETE_ON_ERROR:

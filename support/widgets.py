@@ -24,30 +24,32 @@ def explore(draw: Callable[..., Figure], alt: str | Callable[..., str], **contro
         controls: for each argument of `draw` either `(start, low, high)` or
             `(start, low, high, step)` for a number, or a list of choices, the first chosen.
     """
-    boxes = {name: _control(name, spec) for name, spec in controls.items()}
+    width = f"{max(map(len, controls), default=0) + 1}ch"
+    boxes = {name: _control(spec) for name, spec in controls.items()}
+    rows = [_row(name, box, width) for name, box in boxes.items()]
 
     def now() -> dict:
-        return {name: box.value for name, box in boxes.items()}
+        return {name: _plain(box.value) for name, box in boxes.items()}
 
     def describe() -> str:
         return alt(**now()) if callable(alt) else alt
 
     def show(_=None) -> bytes:
         try:
-            image = png(draw(**now()))
+            image, words = png(draw(**now())), describe()
         except Exception as error:
-            picture.value = f"<p>This setting cannot be drawn: {escape(str(error))}</p>"
+            reason = escape(str(error))
+            picture.value = f'<p role="alert">This setting cannot be drawn: {reason}</p>'
             raise
-        source = base64.b64encode(image).decode()
-        picture.value = f'<img alt="{escape(describe())}" src="data:image/png;base64,{source}">'
+        source = f"data:image/png;base64,{base64.b64encode(image).decode()}"
+        picture.value = f'<img alt="{escape(words)}" style="max-width: 100%" src="{source}">'
         return image
 
     picture = ipywidgets.HTML()
     image = show()
     for box in boxes.values():
         box.observe(show, names="value")
-    panel = ipywidgets.VBox([*(_with_number(name, box) for name, box in boxes.items()), picture])
-    panel.describe = describe
+    panel = ipywidgets.VBox([*rows, picture])
     bundle = {
         "application/vnd.jupyter.widget-view+json": {
             "model_id": panel.model_id,
@@ -66,7 +68,7 @@ def progress(items: Iterable, description: str = "", **options) -> tqdm:
     return tqdm(items, desc=description, disable=quiet, leave=False, **options)
 
 
-def _control(name: str, spec):
+def _control(spec):
     if isinstance(spec, list):
         return ipywidgets.Dropdown(options=spec, value=spec[0])
     start, low, high, *step = spec
@@ -77,16 +79,25 @@ def _control(name: str, spec):
     return kind(value=start, min=low, max=high, continuous_update=False, readout=False, **options)
 
 
-def _with_number(name: str, box) -> ipywidgets.Widget:
+def _row(name: str, box, width: str) -> ipywidgets.Widget:
     """Return the control with its name, and a slider with a box to type the number into."""
-    label = ipywidgets.Label(name.replace("_", " "), layout={"width": "9em"})
-    if isinstance(box, ipywidgets.Dropdown):
-        return ipywidgets.HBox([label, box])
-    kind = (
-        ipywidgets.BoundedFloatText
-        if isinstance(box, ipywidgets.FloatSlider)
-        else ipywidgets.BoundedIntText
-    )
-    number = kind(value=box.value, min=box.min, max=box.max, step=box.step, layout={"width": "6em"})
-    ipywidgets.link((box, "value"), (number, "value"))
-    return ipywidgets.HBox([label, box, number])
+    named, row = box, box
+    if not isinstance(box, ipywidgets.Dropdown):
+        kind = (
+            ipywidgets.BoundedFloatText
+            if isinstance(box, ipywidgets.FloatSlider)
+            else ipywidgets.BoundedIntText
+        )
+        named = kind(value=box.value, min=box.min, max=box.max, step=box.step)
+        ipywidgets.link((box, "value"), (named, "value"), transform=(_plain, _plain))
+        row = ipywidgets.HBox([named, box])
+    # A description is a name for a screen reader too; a slider cannot have one that is read out.
+    named.description = named.tooltip = name.replace("_", " ")
+    named.style.description_width = width
+    named.layout.width = f"calc({width} + {'16em' if named is box else '6em'})"
+    return row
+
+
+def _plain(value):
+    """Return 1.2 where a slider's arithmetic left 1.2000000000000002."""
+    return round(value, 12) if isinstance(value, float) else value

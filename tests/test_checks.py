@@ -1,0 +1,102 @@
+"""What marks the exercises: typical wrong answers each get a message that helps."""
+
+import nbformat
+import pytest
+import torch
+from torch import nn
+
+from support.checks import Exercise, check_same, same, text_data
+
+EXERCISES = {
+    exercise.name: exercise
+    for exercise in vars(text_data).values()
+    if isinstance(exercise, Exercise)
+}
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_the_reference_passes_and_a_stub_is_not_an_error(name):
+    exercise = EXERCISES[name]
+    assert exercise.verdict(exercise.reference) == f"✓ {name}: correct."
+    assert exercise.verdict(lambda *_: None).startswith(f"○ {name}: not attempted")
+
+
+@pytest.mark.parametrize(
+    ("name", "i"), [(n, i) for n, e in EXERCISES.items() for i in range(len(e.mistakes))]
+)
+def test_each_typical_mistake_gets_its_own_hint(name, i):
+    wrong, hint = EXERCISES[name].mistakes[i]
+    verdict = EXERCISES[name].verdict(wrong)
+    assert verdict.startswith(f"✗ {name}: ")
+    assert verdict.endswith(hint)
+
+
+def test_every_exercise_knows_at_least_three_mistakes():
+    assert len(EXERCISES) == 7
+    assert all(len(exercise.mistakes) >= 3 for exercise in EXERCISES.values())
+
+
+def test_other_wrong_answers_get_a_sentence_too():
+    check = EXERCISES["2.6"]
+    assert "give the check your function itself" in check.verdict(7)
+    assert "is a str, not a int" in check.verdict(lambda n, t, s: "three")
+    assert "ZeroDivisionError" in check.verdict(lambda n, t, s: 1 // 0)
+    assert "gives 4" in check.verdict(lambda n, t, s: 4)
+
+
+def test_an_answer_that_changes_its_input_is_told_so():
+    def spoils(words):
+        answer = EXERCISES["2.2"].reference(words)
+        words.clear()
+        return answer
+
+    assert "changes its own input" in EXERCISES["2.2"].verdict(spoils)
+
+
+def test_the_page_names_every_exercise():
+    book = nbformat.read("notebooks/02_text_data.ipynb", as_version=4)
+    page = "\n".join(cell.source for cell in book.cells)
+    assert all(f"### Exercise {name} ·" in page for name in EXERCISES)
+
+
+def test_same():
+    assert same(1, 1.0) and same([1, (2, 3)], [1, (2, 3)]) and same(torch.ones(2), torch.ones(2))
+    assert not same(True, 1) and not same([1], [1, 2]) and not same(None, 0)
+    assert not same(torch.ones(2), torch.ones(3)) and not same(torch.ones(2), torch.ones(2) + 1e-3)
+
+
+class Doubler(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.layer = nn.Linear(n, n)
+
+    def forward(self, x):
+        return 2 * self.layer(x)
+
+
+class Tripler(Doubler):
+    def forward(self, x):
+        return 3 * self.layer(x)
+
+
+class Renamed(nn.Module):
+    def __init__(self, n):
+        super().__init__()
+        self.linear = nn.Linear(n, n)
+
+
+class Detached(Doubler):
+    def forward(self, x):
+        return 2 * (self.layer(x) + (self.layer.weight - self.layer.weight.detach()).sum())
+
+
+def test_check_same_shows_agreement_and_stops_at_a_difference(capsys):
+    x = torch.randn(2, 3)
+    check_same(Doubler, Doubler, 3, inputs=[(x,)])
+    assert "same 2 parameters, same outputs, same gradients" in capsys.readouterr().out
+    for wrong, why in ((Tripler, "outputs"), (Renamed, "parameters"), (Detached, "gradients")):
+        with pytest.raises(AssertionError, match=why):
+            check_same(wrong, Doubler, 3, inputs=[(x,)])
+    check_same(len, len, inputs=[("abc",)])
+    with pytest.raises(AssertionError, match="differ on"):
+        check_same(len, sum, inputs=[([1, 2],)])

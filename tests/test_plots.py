@@ -1,0 +1,49 @@
+"""The pictures show the numbers that they were given."""
+
+import numpy as np
+from PIL import Image
+
+from support import plots
+
+
+def test_lines_bars_and_points_carry_their_data():
+    axes = plots.plot_lines({"a": ([1, 2], [3, 4]), "b": ([1], [5])}, "x", "y", x_log=True).axes[0]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[3, 4], [5]]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == ("log", "x", "y")
+    axes = plots.plot_bars({"long": 12.34, "short": 1.0}, "n").axes[0]
+    assert [round(bar.get_width(), 2) for bar in axes.patches] == [12.34, 1.0]
+    assert {"12.3", "1.0"} <= {text.get_text() for text in axes.texts}
+    axes = plots.plot_points(np.eye(3)[:, :2], ["p", "q", "r"], ["g", "h", "g"]).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["p", "r", "q"]
+    assert sum(len(dots.get_offsets()) for dots in axes.collections) == 3
+
+
+def test_heatmap_has_zero_in_the_middle():
+    image = plots.plot_heatmap(np.array([[1.0, -3.0]]), "x", "y").axes[0].images[0]
+    assert image.get_clim() == (-3, 3)
+
+
+def test_tokens_are_all_drawn_with_their_spaces():
+    axes = plots.plot_tokens(["To", " be", "\n", "x" * 70, "y" * 20]).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["To", "␣be", "⏎", "x" * 70, "y" * 20]
+    assert len({text.get_position()[1] for text in axes.texts}) == 3
+
+
+def test_windows_show_the_target_one_to_the_right():
+    axes = plots.plot_windows(list("abcdef"), context_length=3, stride=2).axes[0]
+    boxes = [patch.get_x() for patch in axes.patches]
+    assert [round(x - 0.04) for x in boxes] == [0, 1, 2, 1, 2, 3, 2, 3, 4, 3, 4, 5]
+
+
+def test_png_is_a_picture_and_the_same_every_time():
+    def draw():
+        return plots.png(plots.plot_bars({"a": 1}, "n"))
+
+    assert draw() == draw()
+    assert draw()[:4] == b"\x89PNG"
+
+
+def test_the_page_colors_can_be_told_apart_in_gray():
+    levels = [Image.new("RGB", (1, 1), color).convert("L").getpixel((0, 0)) for color in plots.PALE]
+    assert min(levels) > 200  # dark text is readable on each
