@@ -117,13 +117,13 @@ def plays_to_text(plays: list[bytes]) -> bytes:
     """
     speeches = []
     for play in plays:
-        text = play.decode("utf-8")
+        text = play.decode("utf-8").replace("_Burthen _\\[dispersedly, within_", "")  # never closed
         text = re.sub(r"[_*]*\\?\[[^\]]*\][_*]*", "", text)  # _\[Aside]_
         text = re.sub(r"_(?:[^_\n]|\n(?!\n))*_", "", text)  # _Exit_, within one paragraph
         text = re.sub(
             r"(?<!\*)\*(?!\*)(?:[^*\n]|\n(?!\n))*\*(?!\*)", "", text
         )  # *Exit*, not **NAME**
-        text = text.replace("\\", "").replace("& c.", "&c.").replace("_Burthen", "Burthen")
+        text = text.replace("\\", "").replace("& c.", "&c.")
         text = text.replace("sha$l", "shall").replace("SU FFOLK", "SUFFOLK").replace(":**", "**")
         text = text.replace(": &", " &").replace("Enter FLAMINIUS.\n", "")
         speech = []
