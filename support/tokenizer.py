@@ -55,6 +55,8 @@ def learn_merges(pieces: Counter[bytes], n_merges: int) -> list[tuple[bytes, byt
 
     Of equally frequent pairs the greatest (bytes, bytes) wins. Ends early when no pair is left.
     """
+    if n_merges and not pieces:
+        raise ValueError("The text is empty: there is nothing to learn merges from.")
     words = [([bytes([b]) for b in piece], n) for piece, n in pieces.items()]
     counts, where = Counter(), defaultdict(set)  # pair -> how often; pair -> the words it is in
     for i, (word, n) in enumerate(words):
