@@ -65,8 +65,9 @@ def tiktoken_gpt2() -> tiktoken.Encoding:
     address = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
     for file in ("vocab.bpe", "encoder.json"):
         cached = folder / hashlib.sha1((address + file).encode()).hexdigest()
-        if not cached.exists():
-            write_atomic(cached, (folder / file).read_bytes())
+        content = (folder / file).read_bytes()
+        if not cached.exists() or cached.read_bytes() != content:
+            write_atomic(cached, content)
     before = os.environ.get("TIKTOKEN_CACHE_DIR")
     os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
     try:
@@ -116,13 +117,13 @@ def plays_to_text(plays: list[bytes]) -> bytes:
     """
     speeches = []
     for play in plays:
-        text = play.decode("utf-8")
+        text = play.decode("utf-8").replace("_Burthen _\\[dispersedly, within_", "")  # never closed
         text = re.sub(r"[_*]*\\?\[[^\]]*\][_*]*", "", text)  # _\[Aside]_
         text = re.sub(r"_(?:[^_\n]|\n(?!\n))*_", "", text)  # _Exit_, within one paragraph
         text = re.sub(
             r"(?<!\*)\*(?!\*)(?:[^*\n]|\n(?!\n))*\*(?!\*)", "", text
         )  # *Exit*, not **NAME**
-        text = text.replace("\\", "").replace("& c.", "&c.").replace("_Burthen", "Burthen")
+        text = text.replace("\\", "").replace("& c.", "&c.")
         text = text.replace("sha$l", "shall").replace("SU FFOLK", "SUFFOLK").replace(":**", "**")
         text = text.replace(": &", " &").replace("Enter FLAMINIUS.\n", "")
         speech = []
@@ -193,14 +194,10 @@ def _from_url(source: dict, spec: dict, folder: Path) -> bytes:
 
 def write_atomic(path: Path, content: bytes) -> None:
     """Write all of `content` or nothing: a reader, or a second writer, never sees half a file."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".incoming-")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".incoming-") as temporary:
+        whole = Path(temporary) / path.name
+        whole.write_bytes(content)
+        os.replace(whole, path)
 
 
 def _sha256(content: bytes) -> str:

@@ -55,6 +55,8 @@ def learn_merges(pieces: Counter[bytes], n_merges: int) -> list[tuple[bytes, byt
 
     Of equally frequent pairs the greatest (bytes, bytes) wins. Ends early when no pair is left.
     """
+    if n_merges and not pieces:
+        raise ValueError("The text is empty: there is nothing to learn merges from.")
     words = [([bytes([b]) for b in piece], n) for piece, n in pieces.items()]
     counts, where = Counter(), defaultdict(set)  # pair -> how often; pair -> the words it is in
     for i, (word, n) in enumerate(words):
@@ -83,7 +85,8 @@ def learn_merges(pieces: Counter[bytes], n_merges: int) -> list[tuple[bytes, byt
             changed.update(gained)
         del counts[pair]
         for new in changed:
-            heapq.heappush(heap, (-counts[new], GreatestFirst(new)))
+            if counts[new] > 0:  # a pair that a merge made may fall to the next: a a a a → aa aa
+                heapq.heappush(heap, (-counts[new], GreatestFirst(new)))
     return merges
 
 
@@ -133,6 +136,12 @@ class Remember(dict):
         return value
 
 
+def as_names(names: str | Collection[str]) -> list[str]:
+    """Return each of `names` once, in order; a string alone is one name, an empty one is none."""
+    names = [names] if isinstance(names, str) else names
+    return list(dict.fromkeys(name for name in names if name))
+
+
 def split_special(text: str, names: Collection[str]) -> list[str]:
     """Cut `text` before and after each of `names`; the names stay in the list."""
     if not names:
@@ -153,6 +162,8 @@ def repair_surrogates(text: str) -> str:
 
     A lone half is no character and has no UTF-8 bytes; tiktoken reads it as U+FFFD too.
     """
+    if not isinstance(text, str):
+        raise TypeError(f"text must be a str, not {type(text).__name__}: {text!r:.60}")
     try:
         text.encode()
         return text
@@ -170,11 +181,22 @@ def byte_letters() -> dict[str, int]:
     return {chr(b): b for b in printing} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-def read_gpt2() -> tuple[dict[bytes, int], list[tuple[bytes, bytes]], dict[str, int]]:
-    """Return the vocabulary, the merges and the special tokens of GPT-2's own files."""
+def read_saved(path: str | Path) -> tuple[dict, list, dict, str]:
+    """Return the vocabulary, merges, special tokens and pattern that `BPETokenizer.save` wrote."""
+    try:
+        parts = json.loads(Path(path).read_bytes())
+        vocab = {token.encode("latin-1"): i for token, i in parts["vocab"].items()}
+        merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in parts["merges"]]
+        return vocab, merges, parts["special_tokens"], parts["pattern"]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a whole file written by `save`: {error}") from error
+
+
+def read_gpt2() -> tuple[dict, list, dict]:
+    """Return the vocabulary, merges and special tokens in OpenAI's two files."""
     folder, byte_of = fetch("gpt2-bpe"), byte_letters()
 
-    def to_bytes(token: str) -> bytes:
+    def to_bytes(token):
         return bytes(byte_of[letter] for letter in token)
 
     encoder = json.loads((folder / "encoder.json").read_bytes())
@@ -211,13 +233,15 @@ class BPECodec:
     def vocab_size(self) -> int:
         return max(self._bytes) + 1
 
+    def _allowed(self, names: str | Collection[str]) -> set[str]:
+        names = set(self.special_tokens) if "all" in as_names(names) else set(as_names(names))
+        if unknown := names - set(self.special_tokens):
+            raise ValueError(f"No special token {min(unknown)!r}, only {list(self.special_tokens)}")
+        return names
+
     def encode(self, text: str, allowed_special: Collection[str] = ()) -> list[int]:
         """Return the ids of `text`; special tokens count only if named, or if "all" are allowed."""
-        names = {allowed_special} if isinstance(allowed_special, str) else set(allowed_special)
-        names = set(self.special_tokens) if "all" in names else names
-        if unknown := names - set(self.special_tokens):
-            raise ValueError(f"{sorted(unknown)}: this tokenizer has no such special token.")
-        ids = []
+        names, ids = self._allowed(allowed_special), []
         for part in split_special(repair_surrogates(text), names):
             if part in names:
                 ids.append(self.special_tokens[part])
@@ -229,10 +253,9 @@ class BPECodec:
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-        if unknown := [i for i in ids if i not in self._bytes]:
-            raise ValueError(
-                f"No token has id {unknown[0]!r}: ids go from 0 to {max(self._bytes)}."
-            )
+        if unknown := [i for i in ids if isinstance(i, list) or i not in self._bytes]:
+            what = f"{unknown[0]!r:.60} is no token id"
+            raise ValueError(f"{what}: give one row of ids from 0 to {self.vocab_size - 1}.")
         return b"".join(map(self._bytes.__getitem__, ids)).decode(errors="replace")
 
 
@@ -242,9 +265,9 @@ class BPETokenizer(BPECodec):
     @classmethod
     def train(cls, text: str, vocab_size: int, special_tokens: Collection[str] = ()):
         """Learn merges from `text` until there are `vocab_size` tokens, or no pair is left."""
+        special_tokens = as_names(special_tokens)
         if (n_merges := vocab_size - 256 - len(special_tokens)) < 0:
-            needed = f"256 bytes and {len(special_tokens)} special tokens"
-            raise ValueError(f"vocab_size={vocab_size} is too small for {needed}.")
+            raise ValueError(f"vocab_size={vocab_size} must be at least {vocab_size - n_merges}.")
         merges = learn_merges(count_pieces(repair_surrogates(text), special_tokens), n_merges)
         vocab = {bytes([b]): b for b in range(256)}
         for first, second in merges:
@@ -253,8 +276,9 @@ class BPETokenizer(BPECodec):
 
     def encode_iterable(self, chunks: Iterable[str], allowed_special=()) -> Iterator[int]:
         """Yield the ids of the chunks put together, without ever holding them all."""
-        last_break = regex.compile(r"(?s).*\S(?=\s)")
-        rest = ""
+        if spaced := [name for name in self._allowed(allowed_special) if regex.search(r"\s", name)]:
+            raise ValueError(f"{spaced[0]!r} has white space, where chunks are cut: use encode.")
+        last_break, rest = regex.compile(r"(?s).*\S(?=\s)"), ""
         for chunk in chunks:
             start = max(len(rest) - 1, 0)
             rest += chunk
@@ -274,10 +298,7 @@ class BPETokenizer(BPECodec):
     @classmethod
     def load(cls, path: str | Path):
         """Return the tokenizer that `save` wrote."""
-        parts = json.loads(Path(path).read_bytes())
-        vocab = {token.encode("latin-1"): i for token, i in parts["vocab"].items()}
-        merges = [(a.encode("latin-1"), b.encode("latin-1")) for a, b in parts["merges"]]
-        return cls(vocab, merges, parts["special_tokens"], parts["pattern"])
+        return cls(*read_saved(path))
 
     @classmethod
     def gpt2(cls):
