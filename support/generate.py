@@ -89,7 +89,7 @@ def evaluating(model: nn.Module):
             module.training = True
 
 
-@torch.no_grad()  # inference_mode would forbid to train on the ids later
+@torch.no_grad()
 def next_ids(
     model, prompts, max_new_tokens, stop_id=None, use_cache=True, **sampling
 ) -> Iterator[list[int | None]]:

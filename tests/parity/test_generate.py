@@ -236,9 +236,14 @@ def test_modes_are_left_as_they_were():
     with pytest.raises(ValueError):
         generate(model, ids, 9, top_p=0)
     assert [module.training for module in model.modules()] == modes
+
+
+def test_gradients_are_off_only_within():
+    model, seen = lively(), []
+    model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     for _ in stream(model, [1], 3):
         assert torch.is_grad_enabled()
-    assert torch.is_grad_enabled() and not model.eval().training
+    assert torch.is_grad_enabled() and seen == [False] * 3
 
 
 def test_generated_ids_can_be_trained_on():
