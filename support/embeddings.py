@@ -38,15 +38,14 @@ class InputEmbedding(nn.Module):
         self.pos_emb = nn.Embedding(context_length, d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, ids: Tensor, start: int = 0) -> Tensor:
-        """Return (B, T, C) for ids (B, T) that stand at positions start, start + 1, ..."""
-        end = start + ids.shape[-1]
-        if end > self.pos_emb.num_embeddings:
-            raise ValueError(
-                f"The ids reach position {end - 1}, but there are only "
-                f"{self.pos_emb.num_embeddings} (context_length)."
-            )
-        positions = torch.arange(start, end, device=ids.device)
+    def forward(self, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Return (B, T, C) for ids (B, T) at positions (T,) or (B, T), by default 0, 1, 2, ..."""
+        length = ids.shape[-1]
+        if length > self.pos_emb.num_embeddings:
+            limit = self.pos_emb.num_embeddings
+            raise ValueError(f"{length} tokens exceed context_length={limit}: crop the ids.")
+        if positions is None:
+            positions = torch.arange(length, device=ids.device)
         return self.dropout(self.tok_emb(ids) + self.pos_emb(positions))
 
 
