@@ -26,9 +26,10 @@ def test_input_embedding_is_the_sum_of_two_of_pytorchs():
     tokens.weight, positions.weight = model.tok_emb.weight, model.pos_emb.weight
     ids = torch.randint(50, (3, 5))
     assert torch.equal(model(ids), tokens(ids) + positions(torch.arange(5)))
-    assert torch.equal(model(ids, start=3), tokens(ids) + positions(torch.arange(3, 8)))
-    with pytest.raises(ValueError, match="only 8"):
-        model(ids, start=4)
+    later = torch.tensor([3, 7, 0, 0, 1])
+    assert torch.equal(model(ids, later), tokens(ids) + positions(later))
+    with pytest.raises(ValueError, match="9 tokens exceed context_length=8"):
+        model(torch.zeros(1, 9, dtype=torch.long))
 
 
 def test_dropout_only_in_training():
