@@ -60,6 +60,9 @@ def plot_lines(
     axes.set(xlabel=x, ylabel=y)
     axes.set_xscale("log" if x_log else "linear")
     axes.set_yscale("log" if y_log else "linear")
+    for axis, log in ((axes.xaxis, x_log), (axes.yaxis, y_log)):
+        if not log and max(map(abs, axis.get_view_interval())) >= 10_000:
+            axis.set_major_formatter("{x:,.0f}")
     if len(curves) > 1:
         axes.legend(frameon=False)
     return figure

@@ -37,6 +37,7 @@ def faults(book) -> list[str]:
             if output.output_type == "stream" and output.name == "stderr":
                 found.append(f"stderr: {output.text}")
             shown = output.get("text", "") + output.get("data", {}).get("text/plain", "")
+            shown += "".join(output.get("traceback", []))
             if re.search(r"/(home|root|Users|tmp|work)/| at 0x[0-9a-f]{6}", shown):
                 found.append(f"a path or an address: {shown}")
             if "image/png" in output.get("data", {}) and shown.startswith("<Figure"):
