@@ -396,6 +396,7 @@ def test_target_is_the_input_one_token_later():
     assert pairs[0] == ([10, 11, 12, 13], [11, 12, 13, 14])
     assert pairs[1] == ([12, 13, 14, 15], [13, 14, 15, 16])
     assert windows[-1][0].tolist() == pairs[-1][0] == [14, 15, 16, 17]
+    assert windows[-3][0].tolist() == windows[0][0].tolist() == pairs[0][0]
     assert windows[0][0].dtype == torch.int64
 
 

@@ -4,7 +4,7 @@ import os
 import pickle
 import random
 import time
-from itertools import islice, repeat
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -154,21 +154,21 @@ def test_stream_equals_whole_however_it_is_cut(text, cuts, allowed):
     assert list(tokenizer.encode_iterable(chunks, allowed)) == tokenizer.encode(text, allowed)
 
 
-def test_stream_holds_only_the_last_word():
+@pytest.mark.parametrize("size", [1, 9, 30])
+def test_stream_holds_only_the_last_word(size):
+    text = "newest lo" * 3000
     pulled = 0
 
-    def endless():
+    def chunks():
         nonlocal pulled
-        for chunk in repeat("newest lo"):
+        for start in range(0, len(text), size):
             pulled += 1
-            yield chunk
+            yield text[start : start + size]
 
-    ids = tokenizer.encode_iterable(endless())
-    next(ids)
-    assert pulled <= 2
-    expected = tokenizer.encode("newest lo" * 500)[1:1000]
-    assert list(islice(ids, len(expected))) == expected
-    assert pulled <= 502
+    ids = tokenizer.encode_iterable(chunks())
+    for i, expected in enumerate(islice(tokenizer.encode(text), 1000)):
+        assert next(ids) == expected
+        assert (pulled - 2) * size <= (i + 1) * len(" lonewest")
 
 
 def test_stream_of_lines_and_of_letters(tmp_path):
@@ -241,6 +241,7 @@ def test_long_runs_take_seconds(letters):
     start = time.perf_counter()
     trained = BPETokenizer.train(text, 300)
     ids = trained.encode(text)
+    assert list(trained.encode_iterable(text)) == ids
     assert time.perf_counter() - start < 60
     assert trained.decode(ids) == text
     assert len(ids) < len(text.encode())

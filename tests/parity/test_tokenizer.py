@@ -25,7 +25,7 @@ SPACES += "\u205f\u2060\u3000\ufeff"
 SAMPLES = {
     "code": "def f(x):\n\treturn {k: v**2 for k, v in x.items() if k}  # ok?\n\n\n    pass\n",
     "more code": '#include <stdio.h>\r\nint main() { printf("%d\\n", 0x1F & ~a[i++]); }\r\n\r\n',
-    "contractions": "I'll we've they're don't it's I'm he'd 'tis O'Neill DON'T 'LL 's's' ''ve",
+    "contractions": "I'll we've they're don't it's I'm he'd 'tis O'Neill O'Tis MAN'Self 's's' ''ve",
     "curly quotes": "“Don’t,” she said — ‘it’s …’ «voilà»",
     "emoji": "😀👍🏽 👩\u200d👩\u200d👧\u200d👦❤\ufe0f🏳\ufe0f\u200d🌈 🇩🇪🇫🇷 1\ufe0f\u20e3",
     "scripts": "你好，世界。今日は 안녕하세요 مرحبا بالعالم؟ שלום नमस्ते ไทย Ελληνικά Привет İıŞş",
