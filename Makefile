@@ -50,6 +50,7 @@ sync: .venv/.tester
 
 bench: .venv/.tester data
 	$(BIN)/python tests/bench/tokenizer.py
+	$(BIN)/python tests/bench/gpt.py
 
 clean:
 	rm -rf .venv data/cache

@@ -60,6 +60,10 @@ def plot_lines(
     axes.set(xlabel=x, ylabel=y)
     axes.set_xscale("log" if x_log else "linear")
     axes.set_yscale("log" if y_log else "linear")
+    points = sorted({x for xs, _ in curves.values() for x in xs})
+    if x_log and len(points) <= 10:  # a label at each point says more than one at each power of ten
+        axes.set_xticks(points, [f"{x:,}" for x in points])
+        axes.set_xticks([], minor=True)
     for axis, log in ((axes.xaxis, x_log), (axes.yaxis, y_log)):
         if not log and max(map(abs, axis.get_view_interval())) >= 10_000:
             axis.set_major_formatter("{x:,.0f}")
