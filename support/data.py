@@ -110,6 +110,25 @@ class TokenWindows(Dataset):
         return window[:-1], window[1:]
 
 
+# Slips of the source: what it has, and what should stand there.
+SLIPS = {
+    "_Burthen _\\[dispersedly, within_": "",  # never closed
+    "Enter FLAMINIUS.\n": "",
+    "**Scene III**  \nEastcheap. The Boar's-Head Tavern.": "",
+    "**Scene III**  \nAn ante-chamber adjoining Imogen's apartments.": "",
+    "**Here stand I**  \n": "Here stand I: ",
+    "**This way will I**  \n": "This way will I: ",
+    "**As long as you or I**  \n": "As long as you or I: ",
+    "Ghost\n\n**of Prince Edward**": "**Ghost of Prince Edward**",
+    "SHALLOW & PAGE & & C**": "SHALLOW & PAGE**",
+    "GUILDENSTERN:**": "GUILDENSTERN**",
+    "ROSENCRANTZ:": "ROSENCRANTZ",
+    "SU FFOLK": "SUFFOLK",
+    "sha$l": "shall",
+    "& c.": "&c.",
+}
+
+
 def plays_to_text(plays: list[bytes]) -> bytes:
     """Turn plays in Markdown into plain text: `NAME:`, the lines of the speech, a blank line.
 
@@ -117,21 +136,19 @@ def plays_to_text(plays: list[bytes]) -> bytes:
     """
     speeches = []
     for play in plays:
-        text = play.decode("utf-8").replace("_Burthen _\\[dispersedly, within_", "")  # never closed
+        text = play.decode("utf-8")
+        for slip, right in SLIPS.items():
+            text = text.replace(slip, right)
         text = re.sub(r"[_*]*\\?\[[^\]]*\][_*]*", "", text)  # _\[Aside]_
         text = re.sub(r"_(?:[^_\n]|\n(?!\n))*_", "", text)  # _Exit_, within one paragraph
-        text = re.sub(
-            r"(?<!\*)\*(?!\*)(?:[^*\n]|\n(?!\n))*\*(?!\*)", "", text
-        )  # *Exit*, not **NAME**
-        text = text.replace("\\", "").replace("& c.", "&c.")
-        text = text.replace("sha$l", "shall").replace("SU FFOLK", "SUFFOLK").replace(":**", "**")
-        text = text.replace(": &", " &").replace("Enter FLAMINIUS.\n", "")
+        star = r"(?<!\*)\*(?!\*)"  # *Exit*, but not **NAME**
+        text = re.sub(star + r"(?:[^*\n]|\n(?!\n))*\*(?!\*)", "", text).replace("\\", "")
         speech = []
         for line in map(str.strip, text.splitlines()):
             if speaker := re.fullmatch(r"\*\*(.+)\*\*", line):
                 speech = [f"{speaker[1]}:"]
                 speeches.append(speech)
-            elif line and not line.startswith("#"):
+            elif line and not re.match(r"#|SCENE [IVX]+:|DUMB SHOW", line):
                 speech.append(re.sub(" +", " ", line))
     return ("\n\n".join("\n".join(s) for s in speeches if len(s) > 1) + "\n").encode()
 
