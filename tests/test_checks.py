@@ -1,6 +1,7 @@
 """What marks the exercises: typical wrong answers each get a message that helps."""
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -39,9 +40,25 @@ def test_every_exercise_knows_at_least_three_mistakes():
 def test_other_wrong_answers_get_a_sentence_too():
     check = EXERCISES["2.6"]
     assert "give the check your function itself" in check.verdict(7)
-    assert "is a str, not a int" in check.verdict(lambda n, t, s: "three")
+    assert "of type str, but should be of type int" in check.verdict(lambda n, t, s: "three")
     assert "ZeroDivisionError" in check.verdict(lambda n, t, s: 1 // 0)
-    assert "gives 4" in check.verdict(lambda n, t, s: 4)
+    assert "gives 40" in check.verdict(lambda n, t, s: 40)
+    assert "prints its answer; return it" in check.verdict(lambda n, t, s: print(4))
+    assert "your line" in check.verdict(lambda n, t, s: 1 // 0)
+    almost = lambda n, t, s: max(0, (n - t) // s + 1) if n != 4 else 7  # noqa: E731
+    assert "Perhaps: You forget that the target" in check.verdict(almost)
+
+
+def test_numpy_results_and_other_right_solutions_count():
+    count, stream = EXERCISES["2.6"], EXERCISES["2.3"]
+    assert count.verdict(lambda *case: np.int64(count.reference(*case))).startswith("✓")
+    assert stream.others and all(stream.verdict(other).startswith("✓") for other in stream.others)
+
+
+def test_a_message_is_short_and_shows_no_address():
+    for exercise in EXERCISES.values():
+        verdict = exercise.verdict(lambda *case: "wrong")
+        assert " at 0x" not in verdict and all(len(line) < 400 for line in verdict.splitlines())
 
 
 def test_an_answer_that_changes_its_input_is_told_so():

@@ -3,12 +3,14 @@
 Each chapter's exercises are in a module of this package, each called with the reader's answer.
 """
 
+import contextlib
 import copy
 import inspect
+import io
 import math
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -20,72 +22,101 @@ class Exercise:
 
     Args:
         name: as on the page, such as "2.3".
-        reference: a right solution.
+        reference: a right solution; its name, without the underscore, is the exercise's function.
         cases: the argument tuples on which an answer is compared with the reference.
-        mistakes: (a typical wrong solution, what to say to its author) pairs. An answer that agrees
-            with the wrong solution on every case where the two differ gets that hint.
-        show: how an argument or a result is written in a message.
+        mistakes: pairs (a typical wrong solution, what to say to its author).
+        others: other right solutions, which differ from the reference somewhere; an answer that
+            agrees with one of them on every case is right too.
     """
 
     name: str
     reference: Callable
     cases: Sequence[tuple]
-    mistakes: Sequence[tuple[Callable, str]] = field(default=())
-    show: Callable = repr
+    mistakes: Sequence[tuple[Callable, str]] = ()
+    others: Sequence[Callable] = ()
 
     def __call__(self, answer: Callable) -> None:
         print(self.verdict(answer))
 
     def verdict(self, answer: Callable) -> str:
-        """Return the one-line (or few-line) verdict on the reader's function."""
+        """Return the verdict on the reader's function, in one line or a few."""
         if not callable(answer):
             return f"✗ {self.name}: give the check your function itself, without calling it."
-        results = []
+        results, printed = [], io.StringIO()
         for case in self.cases:
             given = _copies(case)
             try:
-                result = answer(*given)
-                result = list(result) if inspect.isgenerator(result) else result
+                with contextlib.redirect_stdout(printed):
+                    result = answer(*given)
+                    result = list(result) if inspect.isgenerator(result) else result
             except Exception as error:
-                return f"✗ {self.name}: {self._call(case)} stopped with {_where(error)}"
-            if result is None and not results:
-                return f"○ {self.name}: not attempted yet (your function returns None)."
+                return f"✗ {self.name}: {self._call(case)} stops with {_where(error, answer)}"
             if not same(given, case):
                 return f"✗ {self.name}: your function changes its own input; work on a copy."
             results.append(result)
-        right = [self.reference(*_copies(case)) for case in self.cases]
-        wrong = [i for i, r in enumerate(right) if not same(results[i], r)]
-        if not wrong:
-            return f"✓ {self.name}: correct."
-        case, got, want = self.cases[wrong[0]], results[wrong[0]], right[wrong[0]]
-        lines = [f"✗ {self.name}: {self._call(case)} gives {self._short(got)}"]
-        lines += [f"  but should give {self._short(want)}."]
-        if hint := self._hint(results, right):
+        if all(result is None for result in results):
+            if printed.getvalue():
+                return f"✗ {self.name}: your function prints its answer; return it instead."
+            return f"○ {self.name}: not attempted yet (your function returns None)."
+        for solution in (self.reference, *self.others):
+            if all(map(same, results, self._run(solution))):
+                return f"✓ {self.name}: correct."
+        right = self._run(self.reference)
+        first = next(i for i, result in enumerate(results) if not same(result, right[i]))
+        lines = [f"✗ {self.name}: {self._call(self.cases[first])} gives {_short(results[first])}"]
+        lines += [f"  but should give {_short(right[first])}."]
+        if hint := self._hint(results, right, first) or _other_kind(results[first], right[first]):
             lines += [f"  {hint}"]
-        elif type(got) is not type(want):
-            lines += [f"  The result is a {type(got).__name__}, not a {type(want).__name__}."]
         return "\n".join(lines)
 
-    def _hint(self, results: list, right: list) -> str | None:
+    def _run(self, solution: Callable) -> list:
+        return [solution(*_copies(case)) for case in self.cases]
+
+    def _hint(self, results: list, right: list, first: int) -> str | None:
+        """Return the hint of the mistake that the results show, everywhere or where they fail."""
+        perhaps = None
         for mistake, hint in self.mistakes:
             try:
-                wrong = [mistake(*_copies(case)) for case in self.cases]
+                wrong = self._run(mistake)
             except Exception:  # the typical wrong solution may stop where the reader's does not
                 continue
-            if all(map(same, results, wrong)) and not all(map(same, wrong, right)):
+            if all(map(same, results, wrong)):
                 return hint
-        return None
+            if same(results[first], wrong[first]):
+                perhaps = perhaps or f"Perhaps: {hint}"
+        return perhaps
 
     def _call(self, case: tuple) -> str:
-        return f"{self.reference.__name__}({', '.join(map(self._short, case))})"
+        return f"{self.reference.__name__.lstrip('_')}({', '.join(map(_short, case))})"
 
-    def _short(self, value) -> str:
-        text = self.show(value)
-        return text if len(text) <= 150 else text[:147] + "..."
+
+def _short(value) -> str:
+    """Return a value as a message shows it, in little room."""
+    if isinstance(value, torch.Tensor) and value.dim() > 1:
+        return f"a tensor {tuple(value.shape)}"
+    if isinstance(value, torch.Tensor):
+        return f"tensor({[round(x, 2) for x in value.tolist()] if value.dim() else value.item()})"
+    if hasattr(value, "__dict__"):
+        return "tokenizer" if hasattr(value, "encode") else type(value).__name__
+    text = repr(value)
+    return text if len(text) <= 150 else text[:147] + "..."
+
+
+def _other_kind(got, want) -> str | None:
+    """Say that the type or the shape is wrong, where that is the matter."""
+    if isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor) and got.shape != want.shape:
+        return f"The shape is {tuple(got.shape)}, but should be {tuple(want.shape)}."
+    numbers = isinstance(got, int | float) and isinstance(want, int | float)
+    if type(got) is type(want) or numbers:
+        return None
+    return (
+        f"The result is of type {type(got).__name__}, but should be of type {type(want).__name__}."
+    )
 
 
 def same(a, b) -> bool:
     """Return whether two results agree: numbers and tensors to 1e-5, everything else exactly."""
+    a, b = (x.tolist() if type(x).__module__ == "numpy" else x for x in (a, b))
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         try:
             a, b = torch.as_tensor(a), torch.as_tensor(b)
@@ -121,7 +152,8 @@ def check_same(mine, theirs, *args, inputs: Sequence[tuple] = (), **options) -> 
         for case in inputs:
             if not same(mine(*_copies(case)), theirs(*_copies(case))):
                 raise AssertionError(f"{name}: the two differ on {case!r:.200}.")
-        print(f"{name}: the chapter's and the package's agree on {len(inputs)} inputs.")
+        count = f"{len(inputs)} input{'s' * (len(inputs) != 1)}"
+        print(f"{name}: the chapter's and the package's agree on {count}.")
         return
     mine, theirs = mine(*args, **options).eval(), theirs(*args, **options).eval()
     if list(mine.state_dict()) != list(theirs.state_dict()):
@@ -141,8 +173,9 @@ def check_same(mine, theirs, *args, inputs: Sequence[tuple] = (), **options) -> 
     print(f"{name}: same {len(mine.state_dict())} parameters, same outputs, same gradients.")
 
 
-def _where(error: Exception) -> str:
-    """Return the error and the last line of the reader's code that it came from."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    place = f" (line {frame.lineno}: {frame.line})" if frame.line else ""
+def _where(error: Exception, answer: Callable) -> str:
+    """Return the error and the last line of the reader's own code on the way to it."""
+    own = getattr(getattr(answer, "__code__", None), "co_filename", None)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == own and f.line]
+    place = f" (your line {frames[-1].lineno}: {frames[-1].line})" if frames else ""
     return f"{type(error).__name__}: {error}{place}"
