@@ -94,7 +94,7 @@ def apply_merges(ids: list[int], ranks: dict[tuple[int, int], tuple[int, int]]) 
     """Return `ids` after all merges that apply: the lowest rank first, and from the left.
 
     `ranks` gives for each pair of ids (its rank, the id of the joined token). The row is a linked
-    list and the candidates are a heap, so n ids take n log n steps, not n².
+    list and the candidates are a heap, so each merge costs a few steps, however many ids there are.
     """
     ids, n = list(ids), len(ids)
     before, after = list(range(-1, n - 1)), list(range(1, n + 1))
