@@ -84,6 +84,27 @@ def plot_bars(values: Mapping[str, float], x: str, title: str = "", decimals: in
     return figure
 
 
+def plot_stacked(
+    rows: Mapping[str, Mapping[str, float]], x: str, title: str = "", decimals: int = 1
+) -> Figure:
+    """Draw one horizontal bar for each named row, made of named parts, with the row's sum."""
+    figure, axes = new_axes(height=1.3 + 0.42 * len(rows), title=title)
+    names, left = list(rows), [0.0] * len(rows)
+    for i, part in enumerate(dict.fromkeys(part for row in rows.values() for part in row)):
+        values = [row.get(part, 0.0) for row in rows.values()]
+        style = {"color": COLORS[i % len(COLORS)], "hatch": ["", "//", "..", "xx"][i % 4]}
+        bars = axes.barh(names, values, left=left, label=part, height=0.6, ec="white", **style)
+        left = [a + b for a, b in zip(left, values, strict=True)]
+    labels = [f"{total:,.{decimals}f}" for total in left]
+    axes.bar_label(bars, labels=labels, padding=4, color=INK)
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.12)
+    axes.set_xlabel(x)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
 def plot_heatmap(matrix, x: str, y: str, title: str = "", label: str = "") -> Figure:
     """Draw a matrix as colors, with zero in the middle of the scale."""
     figure, axes = new_axes(title=title)

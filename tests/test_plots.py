@@ -19,6 +19,16 @@ def test_lines_bars_and_points_carry_their_data():
     assert sum(len(dots.get_offsets()) for dots in axes.collections) == 3
 
 
+def test_stacked_bars_stand_end_to_end_and_show_their_sum():
+    rows = {"small": {"a": 1.0, "b": 2.0}, "large": {"a": 4.0, "c": 8.5}}
+    figure = plots.plot_stacked(rows, "n", decimals=1)
+    axes = figure.axes[0]
+    ends = [(bar.get_x(), bar.get_width()) for bar in axes.patches]
+    assert ends == [(0, 1), (0, 4), (1, 2), (4, 0), (3, 0), (4, 8.5)]
+    assert [text.get_text() for text in axes.texts] == ["3.0", "12.5"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["a", "b", "c"]
+
+
 def test_heatmap_has_zero_in_the_middle():
     image = plots.plot_heatmap(np.array([[1.0, -3.0]]), "x", "y").axes[0].images[0]
     assert image.get_clim() == (-3, 3)
