@@ -105,7 +105,7 @@ def plot_weights(weights, rows: Sequence[str], columns: Sequence[str], title: st
     if len(rows) <= 14:
         for y, row in enumerate(values):
             for x, w in enumerate(row):
-                shown = f"{w:.2f}".lstrip("0") if 0 < w < 0.995 else f"{w:.0f}"
+                shown = f"{w:.2f}".lstrip("0") if 0.005 <= w < 0.995 else f"{w:.0f}"
                 color = "white" if w > 0.55 else INK
                 axes.text(x, y, shown, ha="center", va="center", fontsize=8.5, color=color)
     return figure
