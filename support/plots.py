@@ -116,6 +116,29 @@ def plot_heatmap(matrix, x: str, y: str, title: str = "", label: str = "") -> Fi
     return figure
 
 
+def plot_weights(weights, rows: Sequence[str], columns: Sequence[str], title: str = "") -> Figure:
+    """Draw a matrix of weights from 0 (white) to 1 (blue), with named rows and columns.
+
+    Each weight is written into its cell while there is room; True and False show as 1 and 0.
+    """
+    values = [[float(w) for w in row] for row in weights]
+    size = 0.42 if len(rows) > 7 else 0.55
+    shape = {"width": 2 + 1.15 * size * len(columns), "height": 1.1 + size * len(rows)}
+    figure, axes = new_axes(title=title, **shape)
+    axes.imshow(values, cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    axes.grid(visible=False)
+    axes.set_xticks(range(len(columns)), columns, rotation=45, ha="right")
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set(xlabel="looks at", ylabel="the token that looks")
+    if len(rows) <= 14:
+        for y, row in enumerate(values):
+            for x, w in enumerate(row):
+                shown = f"{w:.2f}".lstrip("0") if 0.005 <= w < 0.995 else f"{w:.0f}"
+                color = "white" if w > 0.55 else INK
+                axes.text(x, y, shown, ha="center", va="center", fontsize=8.5, color=color)
+    return figure
+
+
 def plot_points(points, names: Sequence[str], groups: Sequence[str], title: str = "") -> Figure:
     """Draw named points (n, 2), colored and marked by group."""
     figure, axes = new_axes(height=4.8, title=title)

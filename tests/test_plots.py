@@ -34,6 +34,15 @@ def test_heatmap_has_zero_in_the_middle():
     assert image.get_clim() == (-3, 3)
 
 
+def test_weights_are_written_into_their_cells():
+    axes = plots.plot_weights(np.array([[1, 0], [0.25, 0.75]]), ["a", "b"], ["c", "d"]).axes[0]
+    assert [text.get_text() for text in axes.texts] == ["1", "0", ".25", ".75"]
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["a", "b"]
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["c", "d"]
+    assert axes.images[0].get_array().tolist() == [[1, 0], [0.25, 0.75]]
+    assert not plots.plot_weights(np.eye(15), "a" * 15, "a" * 15).axes[0].texts  # no room
+
+
 def test_tokens_are_all_drawn_with_their_spaces():
     axes = plots.plot_tokens(["To", " be", "\n", "x" * 70, "y" * 20]).axes[0]
     assert [text.get_text() for text in axes.texts] == ["To", "␣be", "⏎", "x" * 70, "y" * 20]

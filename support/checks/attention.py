@@ -1,0 +1,350 @@
+"""The exercises of chapter 3, attention."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from support.checks import Exercise
+
+
+def _show(value) -> str:
+    """Write small tensors on one line, large ones as their shape."""
+    if not isinstance(value, Tensor):
+        return getattr(value, "__name__", repr(value))
+    if value.numel() > 24:
+        return f"a tensor {tuple(value.shape)}"
+    if value.is_floating_point():
+        value = (1000 * value).round() / 1000
+    return str(value.tolist())
+
+
+def _random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# 3.1
+
+
+def _attend(q, K, V, divide=math.sqrt):
+    return (K @ q / divide(len(q))).softmax(dim=0) @ V
+
+
+LOOKUPS = [
+    (torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.eye(4)[:2] * 2, torch.tensor([[1.0], [0.0]])),
+    (_random(8), _random(5, 8, seed=1), _random(5, 3, seed=2)),
+    (_random(16, seed=3), _random(4, 16, seed=4), _random(4, 6, seed=5)),
+]
+
+attend = Exercise(
+    "3.1",
+    lambda q, K, V: _attend(q, K, V),
+    LOOKUPS,
+    [
+        (
+            lambda q, K, V: _attend(q, K, V, divide=lambda d: 1),
+            "The scores are too large: one division is missing.",
+        ),
+        (
+            lambda q, K, V: _attend(q, K, V, divide=lambda d: d),
+            "You divide by d; it is the square root that keeps the variance at 1.",
+        ),
+        (
+            lambda q, K, V: _attend(q, K, V, divide=lambda d: math.sqrt(len(K))),
+            "The root is of the width of a key, not of the number of keys.",
+        ),
+        (
+            lambda q, K, V: K @ q / math.sqrt(len(q)) @ V,
+            "The scores are not weights yet: they may be negative and do not sum to 1.",
+        ),
+        (
+            lambda q, K, V: (K @ q / math.sqrt(len(q))).softmax(dim=0),
+            "These are the weights; what is asked for is the mean of the values.",
+        ),
+        (
+            lambda q, K, V: V[(K @ q).argmax()],
+            "You take the value of the best key alone; every value takes part, by its weight.",
+        ),
+    ],
+    _show,
+)
+attend.reference.__name__ = "attend"
+
+
+# 3.2
+
+
+def _distance(T):
+    return torch.arange(T)[:, None] - torch.arange(T)
+
+
+def _window_mask(T, window):
+    return (_distance(T) >= 0) & (_distance(T) < window)
+
+
+window_mask = Exercise(
+    "3.2",
+    _window_mask,
+    [(4, 2), (5, 1), (6, 3), (3, 9), (1, 1)],
+    [
+        (
+            lambda T, window: (_distance(T) >= 0) & (_distance(T) <= window),
+            "One too many: with a window of 1 a token sees only itself.",
+        ),
+        (
+            lambda T, window: _distance(T).abs() < window,
+            "Your mask lets a token look ahead.",
+        ),
+        (
+            lambda T, window: _window_mask(T, window).T,
+            "Rows and columns are exchanged: a row is the token that looks.",
+        ),
+        (
+            lambda T, window: ~_window_mask(T, window),
+            "True means “may look” here; you mark what is forbidden.",
+        ),
+        (
+            lambda T, window: _distance(T) >= 0,
+            "This is the plain causal mask: the window does not limit anything.",
+        ),
+        (
+            lambda T, window: (_distance(T) > 0) & (_distance(T) <= window),
+            "A token may look at itself too, and the window counts it.",
+        ),
+    ],
+    _show,
+)
+
+
+# 3.3
+
+
+def _split_heads(x, n_heads):
+    B, T, C = x.shape
+    return x.view(B, T, n_heads, C // n_heads).transpose(1, 2)
+
+
+split_heads = Exercise(
+    "3.3",
+    _split_heads,
+    [
+        (torch.arange(8.0).view(1, 2, 4), 2),
+        (_random(2, 3, 6), 3),
+        (_random(2, 4, 8, seed=1), 2),
+        (_random(3, 5, 4, seed=2), 1),
+    ],
+    [
+        (
+            lambda x, n: x.reshape(len(x), n, x.shape[1], -1),
+            "The shape is right but the numbers are not: this cuts across tokens. "
+            "First split the last dimension, then exchange two dimensions.",
+        ),
+        (
+            lambda x, n: x.view(len(x), x.shape[1], n, -1),
+            "The heads still stand behind the tokens: exchange these two dimensions.",
+        ),
+        (
+            lambda x, n: x.view(len(x), x.shape[1], -1, n).permute(0, 3, 1, 2),
+            "Your heads take every n-th number; a head takes neighboring numbers.",
+        ),
+        (
+            lambda x, n: x.view(len(x), x.shape[1], n, -1).permute(2, 0, 1, 3),
+            "The batch comes first, then the heads.",
+        ),
+        (
+            lambda x, n: x.view(len(x), x.shape[1], n, -1).permute(0, 2, 3, 1),
+            "The last two dimensions are the wrong way round: tokens, then numbers.",
+        ),
+        (
+            lambda x, n: x.transpose(1, 2).reshape(len(x), n, x.shape[1], -1),
+            "You exchange before you split; then a head no longer gets whole tokens.",
+        ),
+    ],
+    _show,
+)
+
+
+# 3.4
+
+
+def _causal_mean(x):
+    return x.cumsum(0) / torch.arange(1, len(x) + 1)[:, None]
+
+
+def _mean_of_all(x):
+    return x.mean(0).expand_as(x)
+
+
+def _previous(x):
+    return torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+
+
+def _next(x):
+    return torch.cat([x[1:], torch.zeros_like(x[:1])])
+
+
+def _soft(x):
+    """A causal function whose output always sums to 1 in every row."""
+    return x.cumsum(0).softmax(dim=-1)
+
+
+def _one_feature(x):
+    """Reads the first number of a token only."""
+    return x[:, :1].cumsum(0).expand_as(x)
+
+
+def _who_sees_whom(attend, x, features=slice(None), look=lambda out: out):
+    sees = torch.zeros(len(x), len(x), dtype=torch.bool)
+    before = look(attend(x))
+    for j in range(len(x)):
+        changed = x.clone()
+        changed[j, features] += 1.0 + torch.arange(x.shape[1], dtype=x.dtype)[features]
+        sees[:, j] = ((look(attend(changed)) - before).abs() > 1e-5).any(dim=-1)
+    return sees
+
+
+def _whether_all_change(attend, x):
+    sees = torch.zeros(len(x), len(x), dtype=torch.bool)
+    for j in range(len(x)):
+        changed = x.clone()
+        changed[j] += 1.0 + torch.arange(x.shape[1])
+        sees[:, j] = ((attend(changed) - attend(x)).abs() > 1e-5).any()
+    return sees
+
+
+FUNCTIONS = [_causal_mean, _mean_of_all, _previous, _next, _soft, _one_feature]
+
+who_sees_whom = Exercise(
+    "3.4",
+    lambda attend, x: _who_sees_whom(attend, x),
+    [(function, _random(4, 3, seed=i)) for i, function in enumerate(FUNCTIONS)],
+    [
+        (
+            lambda attend, x: _who_sees_whom(attend, x).T,
+            "Rows and columns are exchanged: row i is the output, column j the input.",
+        ),
+        (
+            lambda attend, x: _who_sees_whom(attend, x, look=lambda out: out.sum(-1, keepdim=True)),
+            "A sum over an output's numbers can stay the same while they change. "
+            "Compare every number.",
+        ),
+        (
+            lambda attend, x: _who_sees_whom(attend, x, features=slice(-1, None)),
+            "You change one number of a token only; what reads another one escapes you.",
+        ),
+        (
+            _whether_all_change,
+            "You mark a whole column when any output changes; ask each output by itself.",
+        ),
+        (
+            lambda attend, x: ~_who_sees_whom(attend, x),
+            "True means that the output depends on the input; yours says the opposite.",
+        ),
+        (
+            lambda attend, x: torch.ones(len(x), len(x), dtype=torch.bool).tril(),
+            "You say what ought to be; test what this function does.",
+        ),
+    ],
+    _show,
+)
+who_sees_whom.reference.__name__ = "who_sees_whom"
+
+
+# 3.5
+
+
+def _attention_cost(T, C, n_heads):
+    return 4 * T * C * C + 2 * T * T * C
+
+
+attention_cost = Exercise(
+    "3.5",
+    _attention_cost,
+    [(1, 4, 2), (10, 8, 1), (10, 8, 4), (1024, 768, 12), (100, 64, 8)],
+    [
+        (
+            lambda T, C, h: 3 * T * C * C + 2 * T * T * C,
+            "One of the four projections is missing: W_o.",
+        ),
+        (
+            lambda T, C, h: 4 * T * C * C + T * T * C,
+            "T² comes twice: for the scores, and for the mean of the values.",
+        ),
+        (
+            lambda T, C, h: 4 * T * C * C + 2 * T * T * C * h,
+            "A head is only C / h wide, so more heads do not cost more.",
+        ),
+        (
+            lambda T, C, h: 4 * T * C * C + 2 * T * T * C // h,
+            "That is one head's share of T²; there are h heads.",
+        ),
+        (
+            lambda T, C, h: 2 * (4 * T * C * C + 2 * T * T * C),
+            "That is twice as much: count the multiplications, not the additions too.",
+        ),
+        (
+            lambda T, C, h: 4 * C * C + 2 * T * T * C,
+            "The projections are done for each of the T tokens.",
+        ),
+        (
+            lambda T, C, h: 2 * T * T * C,
+            "The projections are missing: each token goes through four matrices.",
+        ),
+    ],
+    _show,
+)
+
+
+# 3.6
+
+
+def _stream(q, pairs, rescale_sum=True, rescale_total=True, scale=True):
+    best, weight_sum, total = -math.inf, 0.0, 0.0
+    for k, v in pairs:
+        score = (q @ k).item() / (math.sqrt(len(q)) if scale else 1)
+        new_best = max(best, score)
+        shrink, weight = math.exp(best - new_best), math.exp(score - new_best)
+        weight_sum = weight_sum * (shrink if rescale_sum else 1) + weight
+        total = total * (shrink if rescale_total else 1) + weight * v
+        best = new_best
+    return total / weight_sum
+
+
+def _pairs(n, d, seed, scale=1.0):
+    return list(zip(_random(n, d, seed=seed, scale=scale), _random(n, 3, seed=-seed), strict=True))
+
+
+streaming_attention = Exercise(
+    "3.6",
+    lambda q, pairs: _stream(q, pairs),
+    [
+        (_random(4), _pairs(1, 4, 1)),
+        (_random(4), _pairs(6, 4, 2, 2.0)),
+        (_random(4, scale=3.0), _pairs(9, 4, 3, 3.0)),
+        (_random(4, scale=50.0), _pairs(9, 4, 4, 50.0)),
+    ],
+    [
+        (
+            lambda q, pairs: _stream(q, pairs, rescale_sum=False, rescale_total=False),
+            "When a greater score comes, what you have summed so far must shrink to the new scale.",
+        ),
+        (
+            lambda q, pairs: _stream(q, pairs, rescale_sum=False),
+            "You shrink the sum of the values, but not the sum of the weights.",
+        ),
+        (
+            lambda q, pairs: _stream(q, pairs, rescale_total=False),
+            "You shrink the sum of the weights, but not the sum of the values.",
+        ),
+        (
+            lambda q, pairs: _stream(q, pairs, scale=False),
+            "The scores are not divided by √d.",
+        ),
+        (
+            lambda q, pairs: sum(v for _, v in pairs) / len(pairs),
+            "This is the plain mean: the scores have no effect.",
+        ),
+    ],
+    _show,
+)
+streaming_attention.reference.__name__ = "streaming_attention"
