@@ -1,18 +1,28 @@
 """What marks the exercises: typical wrong answers each get a message that helps."""
 
+import re
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+
 import nbformat
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from support.checks import Exercise, check_same, same, text_data
+from support import checks
+from support.checks import Exercise, check_same, same
 
+MODULES = [import_module(f"support.checks.{m.name}") for m in iter_modules(checks.__path__)]
 EXERCISES = {
     exercise.name: exercise
-    for exercise in vars(text_data).values()
+    for module in MODULES
+    for exercise in vars(module).values()
     if isinstance(exercise, Exercise)
 }
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+CHAPTERS = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("name", EXERCISES)
@@ -32,9 +42,17 @@ def test_each_typical_mistake_gets_its_own_hint(name, i):
     assert verdict.endswith(hint)
 
 
-def test_every_exercise_knows_at_least_three_mistakes():
-    assert len(EXERCISES) == 7
-    assert all(len(exercise.mistakes) >= 3 for exercise in EXERCISES.values())
+def test_every_exercise_knows_at_least_four_mistakes():
+    assert all(len(exercise.mistakes) >= 4 for exercise in EXERCISES.values())
+
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_each_chapter_has_its_exercises_and_each_exercise_its_check(path):
+    page = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells)
+    on_page = re.findall(r"^### Exercise (\w+\.\d+) ·", page, re.MULTILINE)
+    chapter = path.stem.split("_")[0].lstrip("0")
+    assert 4 <= len(on_page) <= 8
+    assert sorted(on_page) == sorted(n for n in EXERCISES if n.split(".")[0] == chapter)
 
 
 def test_other_wrong_answers_get_a_sentence_too():
@@ -70,10 +88,27 @@ def test_an_answer_that_changes_its_input_is_told_so():
     assert "changes its own input" in EXERCISES["2.2"].verdict(spoils)
 
 
-def test_the_page_names_every_exercise():
-    book = nbformat.read("notebooks/02_text_data.ipynb", as_version=4)
-    page = "\n".join(cell.source for cell in book.cells)
-    assert all(f"### Exercise {name} ·" in page for name in EXERCISES)
+def test_right_answers_of_another_style_count():
+    def by_gradients(attend, x):
+        jacobian = torch.autograd.functional.jacobian(attend, x)  # (T, C, T, C)
+        return (jacobian != 0).any(dim=3).any(dim=1)
+
+    assert EXERCISES["3.4"].verdict(by_gradients) == "✓ 3.4: correct."
+
+
+def test_a_softmax_that_overflows_is_wrong():
+    def without_the_greatest(q, pairs):
+        weights = [((q @ k) / len(q) ** 0.5).exp() for k, _ in pairs]
+        return sum(w * v for w, (_, v) in zip(weights, pairs, strict=True)) / sum(weights)
+
+    assert "nan" in EXERCISES["3.6"].verdict(without_the_greatest)
+
+
+def test_no_check_draws_from_the_readers_random_numbers():
+    before = torch.get_rng_state()
+    for exercise in EXERCISES.values():
+        exercise.verdict(lambda *case: "wrong")
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_same():

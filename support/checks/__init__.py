@@ -92,12 +92,16 @@ class Exercise:
 
 def _short(value) -> str:
     """Return a value as a message shows it, in little room."""
-    if isinstance(value, torch.Tensor) and value.dim() > 1:
-        return f"a tensor {tuple(value.shape)}"
     if isinstance(value, torch.Tensor):
-        return f"tensor({[round(x, 2) for x in value.tolist()] if value.dim() else value.item()})"
+        if value.numel() > 24:
+            return f"a tensor {tuple(value.shape)}"
+        exact = value.detach()
+        return str(
+            (exact.double().round(decimals=3) if exact.is_floating_point() else exact).tolist()
+        )
     if hasattr(value, "__dict__"):
-        return "tokenizer" if hasattr(value, "encode") else type(value).__name__
+        kind = "tokenizer" if hasattr(value, "encode") else type(value).__name__
+        return getattr(value, "__name__", kind).strip("_")
     text = repr(value)
     return text if len(text) <= 150 else text[:147] + "..."
 

@@ -8,17 +8,6 @@ from torch import Tensor
 from support.checks import Exercise
 
 
-def _show(value) -> str:
-    """Write small tensors on one line, large ones as their shape."""
-    if not isinstance(value, Tensor):
-        return getattr(value, "__name__", repr(value))
-    if value.numel() > 24:
-        return f"a tensor {tuple(value.shape)}"
-    if value.is_floating_point():
-        value = (1000 * value).round() / 1000
-    return str(value.tolist())
-
-
 def _random(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -66,7 +55,6 @@ attend = Exercise(
             "You take the value of the best key alone; every value takes part, by its weight.",
         ),
     ],
-    _show,
 )
 attend.reference.__name__ = "attend"
 
@@ -112,7 +100,6 @@ window_mask = Exercise(
             "A token may look at itself too, and the window counts it.",
         ),
     ],
-    _show,
 )
 
 
@@ -160,7 +147,6 @@ split_heads = Exercise(
             "You exchange before you split; then a head no longer gets whole tokens.",
         ),
     ],
-    _show,
 )
 
 
@@ -245,7 +231,6 @@ who_sees_whom = Exercise(
             "You say what ought to be; test what this function does.",
         ),
     ],
-    _show,
 )
 who_sees_whom.reference.__name__ = "who_sees_whom"
 
@@ -291,7 +276,6 @@ attention_cost = Exercise(
             "The projections are missing: each token goes through four matrices.",
         ),
     ],
-    _show,
 )
 
 
@@ -345,6 +329,5 @@ streaming_attention = Exercise(
             "This is the plain mean: the scores have no effect.",
         ),
     ],
-    _show,
 )
 streaming_attention.reference.__name__ = "streaming_attention"

@@ -2,21 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from support.checks import Exercise
 from support.gpt import GPTConfig, GPTModel
-
-
-def _show(value) -> str:
-    """Write a tensor with three decimals, and a model or a layer by its name."""
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return str([[round(x, 3) for x in row] for row in value.flatten(0, -2).tolist()])
-    if isinstance(value, Tensor):
-        return str(value.tolist())
-    if isinstance(value, nn.Module):
-        return type(value).__name__
-    return getattr(value, "__name__", repr(value)).strip("_")
 
 
 def _random(*shape, seed=0) -> Tensor:
@@ -76,7 +65,6 @@ rms_norm = Exercise(
             "The square root is missing.",
         ),
     ],
-    show=_show,
 )
 
 
@@ -238,7 +226,6 @@ parallel_block = Exercise(
             "The shortcut carries x as it is: normalize only what the two parts read.",
         ),
     ],
-    show=_show,
 )
 
 
@@ -296,7 +283,6 @@ min_p = Exercise(
         ),
         (_zeroed_logits, "A logit of 0 is not impossible, its e⁰ is 1. Use -torch.inf."),
     ],
-    show=_show,
 )
 
 
@@ -349,5 +335,4 @@ logit_lens = Exercise(
             "Each of your blocks starts from the embeddings; a block reads what the last one left.",
         ),
     ],
-    show=_show,
 )
