@@ -40,7 +40,7 @@ lab: setup
 
 test: .venv/.tester data
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --nbval --nbval-current-env --nbval-cell-timeout=300
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --nbval --nbval-current-env --nbval-cell-timeout=300
 
 notebooks: .venv/.tester data
 	$(ONE_THREAD) $(BIN)/python tests/tools/execute.py $(ONLY)
