@@ -12,6 +12,8 @@ import nbformat
 from nbclient import NotebookClient
 from tqdm import tqdm
 
+from support.data import write_atomic
+
 ROOT = Path(__file__).resolve().parents[2]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -69,9 +71,7 @@ def main(paths: list[Path]) -> None:
         bar.set_postfix_str(path.name)
         start = time.perf_counter()
         result = text(execute(path))
-        temporary = path.with_suffix(".incoming")
-        temporary.write_text(result, encoding="utf-8")
-        temporary.replace(path)
+        write_atomic(path, result.encode())
         tqdm.write(f"{time.perf_counter() - start:6.1f} s  {path.relative_to(ROOT)}")
 
 
