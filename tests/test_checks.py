@@ -1,6 +1,7 @@
 """What marks the exercises: typical wrong answers each get a message that helps."""
 
 import re
+from fractions import Fraction
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -113,6 +114,7 @@ def test_no_check_draws_from_the_readers_random_numbers():
 
 def test_same():
     assert same(1, 1.0) and same([1, (2, 3)], [1, (2, 3)]) and same(torch.ones(2), torch.ones(2))
+    assert same(Fraction(1, 3), 1 / 3)
     assert not same(True, 1) and not same([1], [1, 2]) and not same(None, 0)
     assert not same(torch.ones(2), torch.ones(3)) and not same(torch.ones(2), torch.ones(2) + 1e-3)
 

@@ -11,6 +11,7 @@ import math
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import nn
@@ -129,7 +130,7 @@ def same(a, b) -> bool:
         return a.shape == b.shape and torch.allclose(a.double(), b.double(), atol=1e-5)
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
-    if isinstance(a, int | float) and isinstance(b, int | float):
+    if isinstance(a, Real) and isinstance(b, Real):
         return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9)
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)

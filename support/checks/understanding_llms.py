@@ -61,6 +61,26 @@ next_shares = Exercise(
             },
             "A word that came twice has twice the share of one that came once: count each time.",
         ),
+        (
+            lambda words, word: {w: 100 * p for w, p in _next_shares(words, word).items()},
+            "These are percentages; a share is a number from 0 to 1.",
+        ),
+        (
+            lambda words, word: {w: round(p, 2) for w, p in _next_shares(words, word).items()},
+            "Do not round: the shares must add up to 1.",
+        ),
+        (
+            lambda words, word: dict.fromkeys(words, 0.0) | _next_shares(words, word),
+            "Leave out the words that never came after it.",
+        ),
+        (
+            lambda words, word: _next_shares(words[:-1], word),
+            "The last pair of neighbors is missing: there are len(words) − 1 of them.",
+        ),
+        (
+            lambda words, word: _next_shares(words[1:], word),
+            "The first pair of neighbors is missing: begin at place 0.",
+        ),
     ],
 )
 
@@ -68,7 +88,7 @@ next_shares = Exercise(
 # 1.2
 
 
-def _perplexity(probabilities):
+def _perplexity_of(probabilities):
     if 0 in probabilities:
         return math.inf
     return 2 ** (sum(-math.log2(p) for p in probabilities) / len(probabilities))
@@ -80,8 +100,15 @@ def _only_if_possible(value):
 
 perplexity_of = Exercise(
     "1.2",
-    _perplexity,
-    [([0.5, 0.125],), ([0.25],), ([0.9, 0.2, 0.01],), ([1.0, 1.0],), ([0.5, 0.0],)],
+    _perplexity_of,
+    [
+        ([0.5, 0.125],),
+        ([0.25],),
+        ([0.9, 0.2, 0.01],),
+        ([1.0, 1.0],),
+        ([0.5, 0.0],),
+        ([0.0, 0.5],),
+    ],
     [
         (
             _only_if_possible(lambda ps: sum(-math.log2(p) for p in ps) / len(ps)),
@@ -104,7 +131,15 @@ perplexity_of = Exercise(
             "You mix two bases: with math.log use math.exp, with 2 ** use math.log2.",
         ),
         (
-            lambda ps: _perplexity([p for p in ps if p > 0]),
+            _only_if_possible(lambda ps: math.exp(sum(-math.log2(p) for p in ps) / len(ps))),
+            "You mix two bases: with math.log2 use 2 **, with math.exp use math.log.",
+        ),
+        (
+            _only_if_possible(lambda ps: 2 ** sum(-p * math.log2(p) for p in ps)),
+            "Each word counts the same: do not multiply its surprise by p.",
+        ),
+        (
+            lambda ps: _perplexity_of([p for p in ps if p > 0]),
             "A word with probability 0 may not be skipped: the perplexity is then infinite.",
         ),
     ],
@@ -119,11 +154,20 @@ def _grams(words, n):
 
 
 def _share(known, asked):
-    return sum(gram in known for gram in asked) / len(asked) if asked else 0.0
+    found = [gram in known for gram in asked]
+    return sum(found) / len(found) if found else 0.0
 
 
 def _seen_share(known, words, n):
     return _share(set(_grams(known, n)), _grams(words, n))
+
+
+def _found_in_text(space):
+    return lambda known, words, n: _share(space.join(known), map(space.join, _grams(words, n)))
+
+
+def _without_case(known, words, n):
+    return _seen_share([w.lower() for w in known], [w.lower() for w in words], n)
 
 
 seen_share = Exercise(
@@ -135,8 +179,11 @@ seen_share = Exercise(
         (KING, _words("the king is dead long live the king"), 4),
         (KING, _words("the king is dead and the king is gone and the king is here"), 2),
         (KING, ["the"], 2),
-        (BANQUO, ["happy", "he", "she"], 1),
+        (BANQUO, ["great", "happy", "an"], 1),
         (["b", "c"], ["a", "b", "c"], 2),
+        (["ab", "c"], ["a", "bc"], 2),
+        (KING, _words("The king is dead"), 2),
+        (KING, ["the", "king"], 2),
     ],
     [
         (
@@ -164,6 +211,22 @@ seen_share = Exercise(
         (
             lambda known, words, n: _seen_share(known, words, 1) if len(words) >= n else 0.0,
             "The n words must stand together and in the same order, not only somewhere.",
+        ),
+        (
+            lambda known, words, n: _seen_share(known, words, n) if len(words) > n else 0.0,
+            "A text of exactly n words has one n-gram.",
+        ),
+        *(
+            (
+                _found_in_text(space),
+                "Compare whole words: “great” is a part of “greater”, but another word.",
+            )
+            for space in (" ", "")
+        ),
+        (_without_case, "Compare the words as they are: “The” is not “the”."),
+        (
+            lambda known, words, n: 100 * _seen_share(known, words, n),
+            "This is a percentage; a share is a number from 0 to 1.",
         ),
     ],
 )
@@ -211,8 +274,18 @@ def _falls_back_right(words, before, after):
     return _first_best(_gap(words, before, after) or _after(words[::-1], after))
 
 
+def _of_both(words, before, after):
+    return _first_best(_gap(words, before, after) + _after(words, before))
+
+
+def _alphabetical(words, before, after):
+    return min(_gap(words, before, after) or _after(words, before), default="")
+
+
 CATS = _words("a red cat a red hat a big cat the old cat a old hat a big hat the zoo")
 DUKES = _words("my lord the duke my good duke my lord a king my good king my lord")
+
+FOUL = _words("so fair and so foul so foul so foul")
 
 fill_gap = Exercise(
     "1.4",
@@ -226,6 +299,13 @@ fill_gap = Exercise(
         (DUKES, "my", "queen"),
         (DUKES, "your", "duke"),
         (DUKES, "your", "queen"),
+        (FOUL, "so", "and"),
+        (FOUL[3:] + FOUL[:3], "so", "and"),
+        (FOUL[1:], "fair", "foul"),
+        (_words("so foul so fair"), "so", "and"),
+        (_words("so foul so fair"), "fair", "so"),
+        (_words("a red hat a big hat red red"), "a", "hat"),
+        (_words("The bad king the good king"), "the", "king"),
     ],
     [
         (
@@ -247,6 +327,22 @@ fill_gap = Exercise(
         (
             _last_on_ties,
             "Among equally frequent words the alphabetically first wins, not the last.",
+        ),
+        (
+            _of_both,
+            "What came after `before` counts only if the two never stood around a word.",
+        ),
+        (
+            _alphabetical,
+            "The most frequent word wins; the alphabet decides only between equals.",
+        ),
+        (
+            lambda words, before, after: _fill_gap(words[1:], before, after),
+            "The first group of three neighbors is missing: begin at place 0.",
+        ),
+        (
+            lambda words, before, after: _fill_gap(words[:-1], before, after),
+            "The last group of three neighbors is missing: there are len(words) − 2 of them.",
         ),
     ],
 )
@@ -278,6 +374,16 @@ def _most_frequent(words):
     return max(followers, key=followers.get, default="")
 
 
+def _not_beside(words):
+    found = [b for a, b in zip(words[:-2], words[1:], strict=False) if a == words[-1]]
+    return found[-1] if found else ""
+
+
+def _part_of_word(words):
+    found = [b for a, b in zip(words, words[1:], strict=False) if words[-1] in a]
+    return found[-1] if found else ""
+
+
 def _case_blind(words):
     return _induction([word.lower() for word in words])
 
@@ -293,6 +399,9 @@ induction = Exercise(
         (_words("The end of the story The"),),
         (_words("alone"),),
         (_words("all is new"),),
+        (_words("so it was sore indeed so"),),
+        (_words("ha said he ha ha"),),
+        (_words("x a x b x c x d x e x f x"),),
     ],
     [
         (_earliest, "You take the first place where the word stood; take the most recent one."),
@@ -301,6 +410,15 @@ induction = Exercise(
         (
             lambda words: words[-1] if words[-1] in words[:-1] else "",
             "You give the word itself; give the one that followed it at the earlier place.",
+        ),
+        (
+            lambda words: _earliest(words[-2::-1] + words[-1:]),
+            "You search backward, and then give the word before that place; give the next one.",
+        ),
+        (_not_beside, "The word right before the last one may be the place, too."),
+        (
+            _part_of_word,
+            "Compare whole words, with ==: “so” is a part of “sore”, but not the same.",
         ),
         (_case_blind, "Compare and return the words as they are: “The” is not “the”."),
     ],
@@ -336,5 +454,15 @@ token_accuracy_for = Exercise(
             lambda target, k: math.log(target) / k,
             "This is the logarithm of p; math.exp takes you back from it.",
         ),
+        (
+            lambda target, k: 1 - target ** (1 / k),
+            "This is the share of wrong tokens; the exercise asks for that of the right ones.",
+        ),
+        (
+            lambda target, k: 1 - (1 - target) ** (1 / k),
+            "With this p at least one of the k tokens is right; all of them must be.",
+        ),
+        (lambda target, k: math.sqrt(target), "Take the k-th root; k is not always 2."),
+        (lambda target, k: round(target ** (1 / k), 2), "Do not round: with k = 30 it matters."),
     ],
 )
