@@ -99,10 +99,32 @@ def test_right_answers_of_another_style_count():
 
 def test_a_softmax_that_overflows_is_wrong():
     def without_the_greatest(q, pairs):
-        weights = [((q @ k) / len(q) ** 0.5).exp() for k, _ in pairs]
-        return sum(w * v for w, (_, v) in zip(weights, pairs, strict=True)) / sum(weights)
+        weighted, total = 0.0, 0.0
+        for k, v in pairs:
+            weight = ((q @ k) / len(q) ** 0.5).exp()
+            weighted, total = weighted + weight * v, total + weight
+        return weighted / total
 
     assert "nan" in EXERCISES["3.6"].verdict(without_the_greatest)
+
+
+def test_a_stream_that_is_stored_or_read_twice_is_told_so():
+    def stored(q, pairs):
+        keys, values = zip(*pairs, strict=True)
+        return ((torch.stack(keys) @ q) / len(q) ** 0.5).softmax(dim=0) @ torch.stack(values)
+
+    def read_twice(q, pairs):
+        best = max((q @ k).item() for k, _ in pairs)
+        return sum(v * ((q @ k) - best).exp() for k, v in pairs)
+
+    assert "you keep 6 of 6 keys" in EXERCISES["3.6"].verdict(stored)
+    assert "pass by only once" in EXERCISES["3.6"].verdict(read_twice)
+
+
+def test_a_mask_of_ones_and_zeros_is_told_to_be_one_of_booleans():
+    check = EXERCISES["3.2"]
+    verdict = check.verdict(lambda T, window: check.reference(T, window).int())
+    assert "should be of True and False" in verdict
 
 
 def test_no_check_draws_from_the_readers_random_numbers():
@@ -115,6 +137,7 @@ def test_no_check_draws_from_the_readers_random_numbers():
 def test_same():
     assert same(1, 1.0) and same([1, (2, 3)], [1, (2, 3)]) and same(torch.ones(2), torch.ones(2))
     assert same(Fraction(1, 3), 1 / 3)
+    assert not same(torch.tensor([True]), torch.ones(1))
     assert not same(True, 1) and not same([1], [1, 2]) and not same(None, 0)
     assert not same(torch.ones(2), torch.ones(3)) and not same(torch.ones(2), torch.ones(2) + 1e-3)
 

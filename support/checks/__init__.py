@@ -109,8 +109,15 @@ def _short(value) -> str:
 
 def _other_kind(got, want) -> str | None:
     """Say that the type or the shape is wrong, where that is the matter."""
-    if isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor) and got.shape != want.shape:
-        return f"The shape is {tuple(got.shape)}, but should be {tuple(want.shape)}."
+    if isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor):
+        if got.shape != want.shape:
+            return f"The shape is {tuple(got.shape)}, but should be {tuple(want.shape)}."
+        if want.dtype == torch.bool != got.dtype:
+            return f"The tensor is of type {got.dtype}, but should be of True and False."
+        if got.isnan().any():
+            return (
+                "nan, “not a number”, comes of 0 / 0, of ∞ − ∞ or of 0 · ∞: look for one of them."
+            )
     numbers = isinstance(got, int | float) and isinstance(want, int | float)
     if type(got) is type(want) or numbers:
         return None
@@ -120,14 +127,19 @@ def _other_kind(got, want) -> str | None:
 
 
 def same(a, b) -> bool:
-    """Return whether two results agree: numbers and tensors to 1e-5, everything else exactly."""
+    """Return whether two results agree: numbers and tensors to 1e-5, everything else exactly.
+
+    True and False agree with themselves only, not with 1 and 0.
+    """
     a, b = (x.tolist() if type(x).__module__ == "numpy" else x for x in (a, b))
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         try:
             a, b = torch.as_tensor(a), torch.as_tensor(b)
         except (TypeError, ValueError, RuntimeError):
             return False
-        return a.shape == b.shape and torch.allclose(a.double(), b.double(), atol=1e-5)
+        if a.shape != b.shape or (a.dtype == torch.bool) != (b.dtype == torch.bool):
+            return False
+        return torch.allclose(a.double(), b.double(), atol=1e-5)
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, Real) and isinstance(b, Real):
@@ -141,8 +153,9 @@ def same(a, b) -> bool:
 
 def _copies(case: tuple) -> tuple:
     """Return fresh arguments; a tokenizer or a model is handed on as it is."""
-    values = (list, dict, set, tuple, torch.Tensor)
-    return tuple(copy.deepcopy(x) if isinstance(x, values) else x for x in case)
+    values = (list, dict, set, tuple)
+    fresh = [isinstance(x, values) or hasattr(x, "__deepcopy__") for x in case]
+    return tuple(copy.deepcopy(x) if new else x for x, new in zip(case, fresh, strict=True))
 
 
 def check_same(mine, theirs, *args, inputs: Sequence[tuple] = (), **options) -> None:

@@ -1,10 +1,12 @@
 """The exercises of chapter 3, attention."""
 
 import math
+import weakref
 
 import torch
 from torch import Tensor
 
+from support.attention import attention_weights, causal_mask
 from support.checks import Exercise
 
 
@@ -43,12 +45,28 @@ attend = Exercise(
             "The root is of the width of a key, not of the number of keys.",
         ),
         (
+            lambda q, K, V: (K @ q / math.sqrt(V.shape[1])).softmax(dim=0) @ V,
+            "The root is of the width of a key, not of the width of a value.",
+        ),
+        (
+            lambda q, K, V: (K @ q / math.sqrt(len(q))).exp() @ V,
+            "Your weights do not sum to 1: divide each by the sum of all.",
+        ),
+        (
+            lambda q, K, V: _attend(q, K, V) / len(K),
+            "The weights sum to 1 already: do not divide by the number of keys as well.",
+        ),
+        (
             lambda q, K, V: K @ q / math.sqrt(len(q)) @ V,
             "The scores are not weights yet: they may be negative and do not sum to 1.",
         ),
         (
             lambda q, K, V: (K @ q / math.sqrt(len(q))).softmax(dim=0),
             "These are the weights; what is asked for is the mean of the values.",
+        ),
+        (
+            lambda q, K, V: V.mean(dim=0),
+            "This is the plain mean: the scores have no effect.",
         ),
         (
             lambda q, K, V: V[(K @ q).argmax()],
@@ -73,15 +91,27 @@ def _window_mask(T, window):
 window_mask = Exercise(
     "3.2",
     _window_mask,
-    [(4, 2), (5, 1), (6, 3), (3, 9), (1, 1)],
+    [(4, 2), (4, 1), (6, 3), (3, 9), (1, 1)],
     [
         (
             lambda T, window: (_distance(T) >= 0) & (_distance(T) <= window),
             "One too many: with a window of 1 a token sees only itself.",
         ),
         (
+            lambda T, window: _window_mask(T, window - 1),
+            "One too few: the token itself is the first of the window.",
+        ),
+        (
             lambda T, window: _distance(T).abs() < window,
             "Your mask lets a token look ahead.",
+        ),
+        (
+            lambda T, window: _distance(T) < window,
+            "You limit how far back a token looks, but it looks ahead at everything.",
+        ),
+        (
+            lambda T, window: torch.zeros(T, T).masked_fill(~_window_mask(T, window), -math.inf),
+            "This is what is added to scores; what is asked for is the mask, True or False.",
         ),
         (
             lambda T, window: _window_mask(T, window).T,
@@ -179,13 +209,51 @@ def _one_feature(x):
     return x[:, :1].cumsum(0).expand_as(x)
 
 
-def _who_sees_whom(attend, x, features=slice(None), look=lambda out: out):
+def _difference(x):
+    """Reads the difference between a token's first two numbers only."""
+    return (x[:, :1] - x[:, 1:2]).cumsum(0).expand_as(x)
+
+
+def _writes_one(x):
+    """Changes the first number of a token only; the others are its own."""
+    return torch.cat([x[:, :1].cumsum(0), x[:, 1:]], dim=1)
+
+
+def _itself_but_for_rounding(x):
+    """Gives back its input, but the rounding depends on every token."""
+    return x + x.sum() / 8 - x.sum() / 8
+
+
+def _attention(x):
+    return attention_weights(x, x, causal_mask(len(x), len(x))) @ x
+
+
+def _who_sees_whom(
+    attend, x, features=slice(None), look=lambda out: out, any_=torch.any, least=1e-5, step=1.0
+):
     sees = torch.zeros(len(x), len(x), dtype=torch.bool)
     before = look(attend(x))
     for j in range(len(x)):
         changed = x.clone()
-        changed[j, features] += 1.0 + torch.arange(x.shape[1], dtype=x.dtype)[features]
-        sees[:, j] = ((look(attend(changed)) - before).abs() > 1e-5).any(dim=-1)
+        changed[j, features] += 1.0 + step * torch.arange(x.shape[1], dtype=x.dtype)[features]
+        sees[:, j] = any_((look(attend(changed)) - before).abs() > least, dim=-1)
+    return sees
+
+
+def _without_a_fresh_copy(attend, x):
+    sees, changed, before = torch.zeros(len(x), len(x), dtype=torch.bool), x.clone(), attend(x)
+    for j in range(len(x)):
+        changed[j] += 1.0 + torch.arange(x.shape[1])
+        sees[:, j] = ((attend(changed) - before).abs() > 1e-5).any(dim=-1)
+    return sees
+
+
+def _by_nan(attend, x):
+    sees = torch.zeros(len(x), len(x), dtype=torch.bool)
+    for j in range(len(x)):
+        changed = x.clone()
+        changed[j] = math.nan
+        sees[:, j] = attend(changed).isnan().any(dim=-1)
     return sees
 
 
@@ -199,11 +267,12 @@ def _whether_all_change(attend, x):
 
 
 FUNCTIONS = [_causal_mean, _mean_of_all, _previous, _next, _soft, _one_feature]
+FUNCTIONS += [_difference, _writes_one, _itself_but_for_rounding, _attention]
 
 who_sees_whom = Exercise(
     "3.4",
     lambda attend, x: _who_sees_whom(attend, x),
-    [(function, _random(4, 3, seed=i)) for i, function in enumerate(FUNCTIONS)],
+    [(function, _random(2 + i % 3, 3, seed=i)) for i, function in enumerate(FUNCTIONS)],
     [
         (
             lambda attend, x: _who_sees_whom(attend, x).T,
@@ -217,6 +286,26 @@ who_sees_whom = Exercise(
         (
             lambda attend, x: _who_sees_whom(attend, x, features=slice(-1, None)),
             "You change one number of a token only; what reads another one escapes you.",
+        ),
+        (
+            lambda attend, x: _who_sees_whom(attend, x, step=0.0),
+            "You change all numbers by the same amount; what reads their differences escapes you.",
+        ),
+        (
+            lambda attend, x: _who_sees_whom(attend, x, any_=torch.all),
+            "An output has changed if any of its numbers has, not only if all have.",
+        ),
+        (
+            lambda attend, x: _who_sees_whom(attend, x, least=0.0),
+            "You count rounding errors: call a difference below 0.00001 no change.",
+        ),
+        (
+            _without_a_fresh_copy,
+            "Your changes add up: begin each round with a fresh copy of x.",
+        ),
+        (
+            _by_nan,
+            "A weight of 0 times nan is nan too: change the token to ordinary numbers.",
         ),
         (
             _whether_all_change,
@@ -272,6 +361,18 @@ attention_cost = Exercise(
             "The projections are done for each of the T tokens.",
         ),
         (
+            lambda T, C, h: 4 * T * C * C + T * (T + 1) * C,
+            "You leave out the future; here its scores are computed too, and then masked.",
+        ),
+        (
+            lambda T, C, h: 4 * T * C * C + 2 * T * T,
+            "A score is a dot product: d multiplications in each of h heads, not one.",
+        ),
+        (
+            lambda T, C, h: 4 * T * (C // h) ** 2 + 2 * T * T * C,
+            "A projection makes all heads at once: from C numbers to C numbers.",
+        ),
+        (
             lambda T, C, h: 2 * T * T * C,
             "The projections are missing: each token goes through four matrices.",
         ),
@@ -280,6 +381,34 @@ attention_cost = Exercise(
 
 
 # 3.6
+
+
+class Stream:
+    """Pairs (key, value) that pass by once, and that notices who keeps the keys."""
+
+    def __init__(self, pairs: list):
+        self.pairs, self.read = pairs, False
+
+    def __deepcopy__(self, memo) -> "Stream":
+        return Stream(self.pairs)
+
+    def __eq__(self, other) -> bool:
+        return self.pairs is other.pairs
+
+    def __iter__(self):
+        if self.read:
+            raise RuntimeError("the pairs pass by only once; do all you need in one loop.")
+        self.read, handed_out = True, []
+        for k, v in self.pairs:
+            pair = k.clone(), v.clone()
+            handed_out.append(weakref.ref(pair[0]))
+            yield pair
+            del pair
+        kept = sum(key() is not None for key in handed_out)
+        if kept > 3:
+            raise RuntimeError(
+                f"you keep {kept} of {len(handed_out)} keys; use each pair and let it go."
+            )
 
 
 def _stream(q, pairs, rescale_sum=True, rescale_total=True, scale=True):
@@ -294,18 +423,36 @@ def _stream(q, pairs, rescale_sum=True, rescale_total=True, scale=True):
     return total / weight_sum
 
 
-def _pairs(n, d, seed, scale=1.0):
-    return list(zip(_random(n, d, seed=seed, scale=scale), _random(n, 3, seed=-seed), strict=True))
+def _not_divided(q, pairs):
+    weight = []
+    value = _stream(q, ((k, v) for k, v in pairs if not weight.append((q @ k) / math.sqrt(len(q)))))
+    return value * (torch.stack(weight) - max(weight)).exp().sum()
 
+
+def _plain_mean(q, pairs):
+    total, n = 0.0, 0
+    for _, v in pairs:
+        total, n = total + v, n + 1
+    return total / n
+
+
+def _pairs(keys, seed):
+    return Stream(list(zip(keys, _random(len(keys), 3, seed=seed), strict=True)))
+
+
+# Exact in float32, so that an answer in another precision agrees: all scores are near -2,000, and a
+# greatest score that starts at 0 leads to 0 / 0.
+FAR_BELOW_ZERO = torch.arange(20.0).view(5, 4) % 7 / 128 - 16
 
 streaming_attention = Exercise(
     "3.6",
     lambda q, pairs: _stream(q, pairs),
     [
-        (_random(4), _pairs(1, 4, 1)),
-        (_random(4), _pairs(6, 4, 2, 2.0)),
-        (_random(4, scale=3.0), _pairs(9, 4, 3, 3.0)),
-        (_random(4, scale=50.0), _pairs(9, 4, 4, 50.0)),
+        (_random(4), _pairs(_random(1, 4, seed=1), seed=11)),
+        (_random(4), _pairs(_random(6, 4, seed=2, scale=2.0), seed=12)),
+        (_random(4, scale=3.0), _pairs(_random(9, 4, seed=3, scale=3.0), seed=13)),
+        (_random(4, scale=50.0), _pairs(_random(9, 4, seed=4, scale=50.0), seed=14)),
+        (torch.full((4,), 64.0), _pairs(FAR_BELOW_ZERO, seed=15)),
     ],
     [
         (
@@ -325,7 +472,11 @@ streaming_attention = Exercise(
             "The scores are not divided by √d.",
         ),
         (
-            lambda q, pairs: sum(v for _, v in pairs) / len(pairs),
+            _not_divided,
+            "At the end, divide the weighted sum by the sum of the weights.",
+        ),
+        (
+            _plain_mean,
             "This is the plain mean: the scores have no effect.",
         ),
     ],
