@@ -81,9 +81,9 @@ class Exercise:
                 wrong = self._run(mistake)
             except Exception:  # the typical wrong solution may stop where the reader's does not
                 continue
-            if all(map(same, results, wrong)):
+            if all(map(_alike, results, wrong)):
                 return hint
-            if same(results[first], wrong[first]):
+            if _alike(results[first], wrong[first]):
                 perhaps = perhaps or f"Perhaps: {hint}"
         return perhaps
 
@@ -111,6 +111,8 @@ def _other_kind(got, want) -> str | None:
     """Say that the type or the shape is wrong, where that is the matter."""
     if isinstance(got, torch.Tensor) and isinstance(want, torch.Tensor) and got.shape != want.shape:
         return f"The shape is {tuple(got.shape)}, but should be {tuple(want.shape)}."
+    if isinstance(got, torch.Tensor) and got.isnan().any():
+        return "NaN is what 0 / 0 gives, and a softmax of nothing but -inf, or of inf."
     numbers = isinstance(got, int | float) and isinstance(want, int | float)
     if type(got) is type(want) or numbers:
         return None
@@ -132,6 +134,8 @@ def same(a, b) -> bool:
         return a is b
     if isinstance(a, Real) and isinstance(b, Real):
         return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9)
+    if isinstance(a, nn.Module) and isinstance(b, nn.Module):
+        return type(a) is type(b) and same(dict(a.state_dict()), dict(b.state_dict()))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
@@ -139,9 +143,14 @@ def same(a, b) -> bool:
     return a is b or (type(a) is type(b) and a == b)
 
 
+def _alike(a, b) -> bool:
+    """Return whether two wrong results agree; here NaN is like NaN."""
+    return same(*(x.nan_to_num(-1e9) if isinstance(x, torch.Tensor) else x for x in (a, b)))
+
+
 def _copies(case: tuple) -> tuple:
-    """Return fresh arguments; a tokenizer or a model is handed on as it is."""
-    values = (list, dict, set, tuple, torch.Tensor)
+    """Return fresh arguments; a tokenizer is handed on as it is."""
+    values = (list, dict, set, tuple, torch.Tensor, nn.Module)
     return tuple(copy.deepcopy(x) if isinstance(x, values) else x for x in case)
 
 
