@@ -63,7 +63,9 @@ def plot_lines(
         runs = np.atleast_2d(ys)
         axes.plot(xs, runs.mean(axis=0), label=name, linewidth=2, **style)
         if len(runs) > 1:
-            axes.fill_between(xs, runs.min(axis=0), runs.max(axis=0), color=style["color"], alpha=0.2)
+            axes.fill_between(
+                xs, runs.min(axis=0), runs.max(axis=0), color=style["color"], alpha=0.2
+            )
     axes.set(xlabel=x, ylabel=y)
     axes.set_xscale("log" if x_log else "linear")
     axes.set_yscale("log" if y_log else "linear")
