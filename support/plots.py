@@ -8,6 +8,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from IPython.display import display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -52,11 +53,19 @@ def plot_lines(
     x_log: bool = False,
     y_log: bool = False,
 ) -> Figure:
-    """Draw curves, each named and given as (xs, ys)."""
+    """Draw curves, each named and given as (xs, ys); ys may also be several runs (runs, points).
+
+    Of several runs the line is the mean, in a band from the lowest to the highest.
+    """
     figure, axes = new_axes(title=title)
     for i, (name, (xs, ys)) in enumerate(curves.items()):
         style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
-        axes.plot(xs, ys, label=name, linewidth=2, **style)
+        runs = np.atleast_2d(ys)
+        axes.plot(xs, runs.mean(axis=0), label=name, linewidth=2, **style)
+        if len(runs) > 1:
+            axes.fill_between(
+                xs, runs.min(axis=0), runs.max(axis=0), color=style["color"], alpha=0.2
+            )
     axes.set(xlabel=x, ylabel=y)
     axes.set_xscale("log" if x_log else "linear")
     axes.set_yscale("log" if y_log else "linear")

@@ -89,6 +89,15 @@ def test_an_answer_that_changes_its_input_is_told_so():
     assert "changes its own input" in EXERCISES["2.2"].verdict(spoils)
 
 
+def test_an_answer_that_changes_the_model_is_told_so_and_spoils_no_later_answer():
+    def shortens(model, ids):
+        del model.blocks[1:]
+        return model(ids).argmax(dim=-1)
+
+    assert "changes its own input" in EXERCISES["4.6"].verdict(shortens)
+    assert EXERCISES["4.6"].verdict(EXERCISES["4.6"].reference).startswith("✓")
+
+
 def test_right_answers_of_another_style_count():
     def by_gradients(attend, x):
         jacobian = torch.autograd.functional.jacobian(attend, x)  # (T, C, T, C)

@@ -19,6 +19,13 @@ def test_lines_bars_and_points_carry_their_data():
     assert sum(len(dots.get_offsets()) for dots in axes.collections) == 3
 
 
+def test_several_runs_are_a_mean_in_a_band():
+    axes = plots.plot_lines({"runs": ([1, 2], [[3, 4], [5, 8]])}, "x", "y").axes[0]
+    assert list(axes.lines[0].get_ydata()) == [4, 6]
+    corners = axes.collections[0].get_paths()[0].vertices.tolist()
+    assert {(x, y) for x, y in corners} == {(1, 3), (1, 5), (2, 4), (2, 8)}
+
+
 def test_stacked_bars_stand_end_to_end_and_show_their_sum():
     rows = {"small": {"a": 1.0, "b": 2.0}, "large": {"a": 4.0, "c": 8.5}}
     figure = plots.plot_stacked(rows, "n", decimals=1)

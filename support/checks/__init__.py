@@ -81,9 +81,9 @@ class Exercise:
                 wrong = self._run(mistake)
             except Exception:  # the typical wrong solution may stop where the reader's does not
                 continue
-            if all(map(same, results, wrong)):
+            if all(map(_alike, results, wrong)):
                 return hint
-            if same(results[first], wrong[first]):
+            if _alike(results[first], wrong[first]):
                 perhaps = perhaps or f"Perhaps: {hint}"
         return perhaps
 
@@ -115,9 +115,7 @@ def _other_kind(got, want) -> str | None:
         if want.dtype == torch.bool != got.dtype:
             return f"The tensor is of type {got.dtype}, but should be of True and False."
         if got.isnan().any():
-            return (
-                "nan, “not a number”, comes of 0 / 0, of ∞ − ∞ or of 0 · ∞: look for one of them."
-            )
+            return "NaN comes of 0 / 0, of ∞ − ∞ or of 0 · ∞, and of a softmax of nothing but −∞."
     numbers = isinstance(got, int | float) and isinstance(want, int | float)
     if type(got) is type(want) or numbers:
         return None
@@ -144,6 +142,8 @@ def same(a, b) -> bool:
         return a is b
     if isinstance(a, Real) and isinstance(b, Real):
         return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9)
+    if isinstance(a, nn.Module) and isinstance(b, nn.Module):
+        return type(a) is type(b) and same(dict(a.state_dict()), dict(b.state_dict()))
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
@@ -151,9 +151,14 @@ def same(a, b) -> bool:
     return a is b or (type(a) is type(b) and a == b)
 
 
+def _alike(a, b) -> bool:
+    """Return whether two wrong results agree; here NaN is like NaN."""
+    return same(*(x.nan_to_num(-1e9) if isinstance(x, torch.Tensor) else x for x in (a, b)))
+
+
 def _copies(case: tuple) -> tuple:
-    """Return fresh arguments; a tokenizer or a model is handed on as it is."""
-    values = (list, dict, set, tuple)
+    """Return fresh arguments; a tokenizer is handed on as it is."""
+    values = (list, dict, set, tuple, torch.Tensor, nn.Module)
     fresh = [isinstance(x, values) or hasattr(x, "__deepcopy__") for x in case]
     return tuple(copy.deepcopy(x) if new else x for x, new in zip(case, fresh, strict=True))
 

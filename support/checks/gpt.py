@@ -35,8 +35,8 @@ rms_norm = Exercise(
     _rms_norm,
     [
         (torch.tensor([[3.0, -4.0, 0.0, 0.0]]),),
-        (_random(2, 3, 5) + 1,),
-        (_random(4, 6) * 1e-3,),
+        (torch.tensor([[[3.0, 3.0, 6.0], [1.0, 2.0, 2.0]], [[0.0, 0.0, 3.0], [4.0, 4.0, 2.0]]]),),
+        (torch.tensor([[0.003, -0.004, 0.0, 0.0]]),),
         (torch.zeros(2, 3),),
     ],
     [
@@ -61,6 +61,22 @@ rms_norm = Exercise(
             "You normalize over the first dimension; a token's numbers are in the last.",
         ),
         (
+            lambda x: x / (x.pow(2).mean(x.dim() - 2, keepdim=True) + 1e-5).sqrt(),
+            "You take the mean over the tokens; a token's own numbers are in the last dimension.",
+        ),
+        (
+            lambda x: x / x.pow(2).mean(-1, keepdim=True).sqrt(),
+            "The 0.00001 is missing: without it, a vector of zeros gives NaN.",
+        ),
+        (
+            lambda x: F.rms_norm(x, x.shape[-1:], eps=1e-6),
+            "Is your epsilon another number? Here it is 0.00001 (1e-5).",
+        ),
+        (
+            lambda x: x * ((x.shape[-1] - 1) / (x.pow(2).sum(-1, keepdim=True) + 1e-9)).sqrt(),
+            "You divide the sum of the squares by C - 1; the mean divides by C.",
+        ),
+        (
             lambda x: x / (x.pow(2).mean(-1, keepdim=True) + 1e-5),
             "The square root is missing.",
         ),
@@ -78,7 +94,7 @@ def _cache_bytes(n_layers, d_model, n_tokens, bytes_each=4):
 cache_bytes = Exercise(
     "4.2",
     _cache_bytes,
-    [(12, 768, 1024, 4), (48, 1600, 1024, 2), (2, 16, 1, 4), (1, 8, 0, 4)],
+    [(3, 8, 5, 4), (48, 1600, 1024, 2), (2, 16, 1, 4), (1, 8, 0, 4)],
     [
         (
             lambda n, d, t, b: n * d * t * b,
@@ -87,6 +103,18 @@ cache_bytes = Exercise(
         (
             lambda n, d, t, b: 2 * d * t * b,
             "Every block has a cache of its own.",
+        ),
+        (
+            lambda n, d, t, b: 2 * n * d * b,
+            "That is one token: the cache keeps all n_tokens of them.",
+        ),
+        (
+            lambda n, d, t, b: 2 * n * d * t * 4,
+            "You take 4 bytes for each number; it is bytes_each.",
+        ),
+        (
+            lambda n, d, t, b: n * (3 * d + d) * t * b,
+            "You count all of attention's four matrices; only keys and values are kept.",
         ),
         (
             lambda n, d, t, b: 3 * n * d * t * b,
@@ -107,63 +135,67 @@ cache_bytes = Exercise(
 # 4.3
 
 
-def _layers(total, width, vocabulary, context, each=16, gpt=GPTConfig, extra=0):
-    one = gpt(vocabulary, context, width, 1, 1).n_parameters()
-    two = gpt(vocabulary, context, width, 1, 2).n_parameters()
-    outside = 2 * one - two + extra
-    return outside * each, (two - one) * each
-
-
 def _layers_that_fit(memory, d_model, vocab_size, context_length):
-    outside, block = _layers(memory, d_model, vocab_size, context_length)
-    return max(0, (memory - outside) // block)
+    return max(0, _divide(memory, d_model, vocab_size, context_length))
 
 
-def _only_weights(memory, d_model, vocab_size, context_length):
-    outside, block = _layers(memory, d_model, vocab_size, context_length, each=4)
-    return max(0, (memory - outside) // block)
+def _divide(memory, d_model, vocab_size, context_length, each=16, bias=True, tie=True, embedded=0):
+    """Divide what is left of the memory after a model of `embedded` blocks, if it has any bias."""
+    shape = {"n_heads": 1, "qkv_bias": bias, "tie_weights": tie}
+    outside, inside = (
+        each * GPTConfig(vocab_size, context_length, d_model, n_layers=n, **shape).n_parameters()
+        for n in (embedded, embedded + 1)
+    )
+    return (memory - outside) // (inside - outside)
 
 
 def _no_embeddings(memory, d_model, vocab_size, context_length):
-    return memory // _layers(memory, d_model, vocab_size, context_length)[1]
-
-
-def _untied(memory, d_model, vocab_size, context_length):
-    extra = d_model * vocab_size
-    outside, block = _layers(memory, d_model, vocab_size, context_length, extra=extra)
-    return max(0, (memory - outside) // block)
-
-
-def _below_zero(memory, d_model, vocab_size, context_length):
-    outside, block = _layers(memory, d_model, vocab_size, context_length)
-    return (memory - outside) // block
-
-
-def _rounded(memory, d_model, vocab_size, context_length):
-    outside, block = _layers(memory, d_model, vocab_size, context_length)
-    return max(0, -(-(memory - outside) // block))
+    return memory // (16 * (12 * d_model**2 + 13 * d_model))
 
 
 layers_that_fit = Exercise(
     "4.3",
     _layers_that_fit,
     [
-        (8 * 10**9, 768, 50_257, 1024),
         (10**9, 256, 8_192, 512),
+        (8 * 10**9, 768, 50_257, 1024),
         (24 * 10**9, 1600, 50_257, 1024),
         (10**8, 768, 50_257, 1024),
         (16 * GPTConfig(1000, 64, 128, 1, 7).n_parameters(), 128, 1000, 64),
+        (16 * GPTConfig(1000, 64, 128, 1, 7).n_parameters() - 1, 128, 1000, 64),
     ],
     [
         (
-            _only_weights,
+            lambda *case: max(0, _divide(*case, each=4)),
             "You count the weights alone. Training also keeps the gradients and Adam's two "
             "averages.",
         ),
         (_no_embeddings, "The embeddings and the last LayerNorm need room before any block does."),
-        (_untied, "You count the head as well, but its weight is the token embedding (tied)."),
-        (_below_zero, "If not even the embeddings fit, the answer is 0 and not below."),
-        (_rounded, "You round up: the last block does not fit as a whole."),
+        (
+            lambda m, C, V, T: max(0, (m - 16 * (V + T) * C) // (16 * (12 * C * C + 13 * C))),
+            "The last LayerNorm lies outside of the blocks too: 2C parameters.",
+        ),
+        (
+            lambda *case: max(0, _divide(*case, tie=False)),
+            "You count the head as well, but its weight is the token embedding (tied).",
+        ),
+        (
+            lambda *case: max(0, _divide(*case, bias=False)),
+            "The biases of queries, keys and values count too (qkv_bias=True).",
+        ),
+        (_divide, "If not even the embeddings fit, the answer is 0 and not below."),
+        (
+            lambda *case: max(0, _divide(*case) + 1),
+            "One block too many: the last one does not fit as a whole.",
+        ),
+        (
+            lambda m, *shape: max(0, _divide(m - 1, *shape)),
+            "One block too few where the memory is used to the last byte: that fits.",
+        ),
+        (
+            lambda *case: max(0, _divide(*case, embedded=1)),
+            "You take away a model that has one block already; what lies outside has none.",
+        ),
     ],
 )
 
@@ -222,6 +254,18 @@ parallel_block = Exercise(
             "Side by side: the feed-forward layers do not read what attention returns.",
         ),
         (
+            lambda x, norm, attention, ff: x + attention(norm(x)) + ff(x),
+            "The feed-forward layers must read norm(x) too.",
+        ),
+        (
+            lambda x, norm, attention, ff: x + attention(x) + ff(norm(x)),
+            "Attention must read norm(x) too.",
+        ),
+        (
+            lambda x, norm, attention, ff: norm(x + attention(x) + ff(x)),
+            "That is post-norm: here the norm stands in front of the two parts, not on the stream.",
+        ),
+        (
             lambda x, norm, attention, ff: norm(x) + attention(norm(x)) + ff(norm(x)),
             "The shortcut carries x as it is: normalize only what the two parts read.",
         ),
@@ -265,6 +309,22 @@ def _zeroed_logits(logits, share):
     return logits.masked_fill(low, 0).softmax(dim=-1)
 
 
+def _softmax_of_probs(logits, share):
+    probs = logits.softmax(dim=-1)
+    return _keep(probs, probs >= share * probs.max(dim=-1, keepdim=True).values)
+
+
+def _above(logits, share):
+    probs = logits.softmax(dim=-1)
+    return _keep(logits, probs > share * probs.max(dim=-1, keepdim=True).values)
+
+
+def _bare_exp(logits, share):
+    likely = logits.exp()
+    kept = likely * (likely >= share * likely.max(dim=-1, keepdim=True).values)
+    return kept / kept.sum(dim=-1, keepdim=True)
+
+
 min_p = Exercise(
     "4.5",
     _min_p,
@@ -272,6 +332,8 @@ min_p = Exercise(
         (torch.tensor([[3.0, 2.0, 1.0, 0.0]]), 0.2),
         (torch.tensor([[4.0, 1.5, 2.2, -2.0, 0.0, 3.0], [1.0, 1.0, 0.1, 0.0, 0.0, 0.0]]), 0.2),
         (torch.tensor([[4.0, 3.5, 1.6, -2.0, 2.5], [0.3, 0.2, 0.1, 0.0, -0.1]]), 0.15),
+        (torch.tensor([[2.0, 2.0, 1.0]]), 1.0),
+        (torch.tensor([[120.0, 119.5, 100.0]]), 0.3),
     ],
     [
         (_absolute, "The limit is a share of the best token's probability, not a fixed one."),
@@ -282,6 +344,13 @@ min_p = Exercise(
             "Each row has a best token of its own: take the maximum over the last dimension.",
         ),
         (_zeroed_logits, "A logit of 0 is not impossible, its e⁰ is 1. Use -torch.inf."),
+        (_softmax_of_probs, "The second softmax takes the logits once more, not probabilities."),
+        (_above, "A token with exactly `share` times the best probability stays: >=, not >."),
+        (_bare_exp, "e to the 120 is too large for a float; softmax knows how to avoid that."),
+        (
+            lambda logits, share: logits.softmax(dim=-1),
+            "Nothing is cut: compare each probability with `share` times the best one.",
+        ),
     ],
 )
 
@@ -301,6 +370,14 @@ def _guesses(model, ids, norm=True, embed=None, last=None, first=False):
 
 def _logit_lens(model, ids):
     return _guesses(model, ids)
+
+
+def _normalized_on(model, ids):
+    x, rows = model.embed(ids), []
+    for block in model.blocks:
+        x = model.ln(block(x))
+        rows.append(model.head(x).argmax(dim=-1)[0])
+    return torch.stack(rows)
 
 
 def _separately(model, ids):
@@ -325,6 +402,18 @@ logit_lens = Exercise(
         (
             lambda model, ids: _guesses(model, ids, last=-1),
             "One row is missing: the last block counts too.",
+        ),
+        (
+            lambda model, ids: _guesses(model, ids, last=-1, first=True),
+            "Row i is the stream after block i; yours is the stream that enters it.",
+        ),
+        (
+            _normalized_on,
+            "You hand on the normalized stream; the next block reads x as it was.",
+        ),
+        (
+            lambda model, ids: model(ids).argmax(dim=-1).expand(len(model.blocks), -1),
+            "Every row is what the whole model says; stop after each block and ask the head.",
         ),
         (
             lambda model, ids: _guesses(model, ids, embed=model.tok_emb),
