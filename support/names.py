@@ -7,7 +7,6 @@ from torch import nn
 
 from support.gpt import GPTConfig, GPTModel
 from support.llama import LlamaConfig, LlamaModel
-from support.tokenizer_files import end_of_text
 
 # What config.json may say and our models cannot vary: each value they know, the usual one first.
 ONLY = {
@@ -163,18 +162,16 @@ def read_config(architecture: Architecture, said: dict, path: Path) -> GPTConfig
     }
     refuse_all_but(said, path, only)
     if unknown := rope.keys() - {"rope_theta", "rope_type"}:
-        raise ValueError(
-            f"{path} asks for {min(unknown)} in rope_parameters, which we do not have."
-        )
+        raise ValueError(f"{path} asks for {min(unknown)} in rope_parameters: we do not have it.")
     return config
 
 
-def write_config(kind: str, architecture: Architecture, config, tokenizer) -> dict:
-    """Return config.json as transformers reads it."""
-    said = {theirs: getattr(config, ours) for theirs, (ours, _) in architecture.settings.items()}
+def write_config(kind: str, config: GPTConfig | LlamaConfig, end: int | None) -> dict:
+    """Return config.json as transformers reads it; `end` is the id that ends a text."""
+    settings = ARCHITECTURES[kind].settings.items()
+    said = {theirs: getattr(config, ours) for theirs, (ours, _) in settings}
     if kind == "gpt2":
         said |= dict.fromkeys(("embd_pdrop", "attn_pdrop"), config.dropout)
-    end = tokenizer and tokenizer.special_tokens.get(end_of_text(tokenizer))
-    said |= {"bos_token_id": end, "eos_token_id": end}
     names = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}
-    return {"architectures": [names[kind]], "model_type": kind, **said}
+    said |= {"model_type": kind, "architectures": [names[kind]]}
+    return said | {"bos_token_id": end, "eos_token_id": end}

@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from support.data import DATA, DataError, fetch
-from support.gpt import GPTModel
 from support.llama import LlamaConfig, LlamaModel
 from support.names import (
     ARCHITECTURES,
@@ -38,9 +37,9 @@ from support.names import (
 from support.tokenizer import BPETokenizer
 from support.tokenizer_files import (
     FILES,
-    SMOLLM_PATTERN,
     PretrainedTokenizer,
-    from_letters,
+    end_of_text,
+    gguf_tokenizer,
     read_tokenizer,
     tokenizer_files,
 )
@@ -159,18 +158,16 @@ def load_gguf(path: Path) -> tuple[LlamaModel, PretrainedTokenizer]:
     reader.fields.clear()  # they fill as much memory as a third of the weights
     if (kind := said["general.architecture"]) != "llama":
         raise ValueError(f"{path} is a {kind!r}: of GGUF files we read only llamas.")
+    if missing := GGUF_SETTINGS.keys() - said.keys():
+        raise ValueError(f"{path} does not say {min(missing)}.")
     config = LlamaConfig(
         **{ours: said.pop(theirs) for theirs, ours in GGUF_SETTINGS.items()},
         tie_weights=all(tensor.name != "output.weight" for tensor in reader.tensors),
     )
     d_head = config.d_model // config.n_heads
     refuse_all_but(said, path, {"llama.rope.dimension_count": [d_head]})
-    if more := [
-        name for name in said if name.startswith("llama.") and "dimension_count" not in name
-    ]:
-        raise ValueError(
-            f"{path} asks for {more[0]}={said[more[0]]}, which our llama does not have."
-        )
+    if more := [x for x in said if x.startswith("llama.") and x != "llama.rope.dimension_count"]:
+        raise ValueError(f"{path} asks for {more[0]}={said[more[0]]}: our llama does not have it.")
     heads = {"attn_q": config.n_heads, "attn_k": config.n_kv_heads}
 
     def read(tensor):
@@ -183,25 +180,10 @@ def load_gguf(path: Path) -> tuple[LlamaModel, PretrainedTokenizer]:
             weight = weight.view(h, d_head // 2, 2, -1).transpose(1, 2).reshape(weight.shape)
         return weight
 
-    stored = {
-        t.name: Stored(tuple(t.shape[::-1].tolist()), partial(read, t)) for t in reader.tensors
-    }
+    shapes = {tensor.name: tuple(tensor.shape[::-1].tolist()) for tensor in reader.tensors}
+    stored = {t.name: Stored(shapes[t.name], partial(read, t)) for t in reader.tensors}
     model = fill(LlamaModel, config, GGUF_NAMES, stored, path)
     return model, gguf_tokenizer(said, path)
-
-
-def gguf_tokenizer(said: dict, path: Path) -> PretrainedTokenizer:
-    """Return the byte-level BPE tokenizer in a GGUF file's metadata."""
-    said = {name.removeprefix("tokenizer."): value for name, value in said.items()}
-    refuse_all_but(said, path, {"ggml.model": ["gpt2"], "ggml.pre": ["smollm"]})
-    tokens, ordinary = said["ggml.tokens"], 1
-    vocab = {token: i for i, token in enumerate(tokens)}
-    kinds = zip(tokens, said["ggml.token_type"], strict=True)
-    special = {token: vocab[token] for token, kind in kinds if kind != ordinary}
-    tokenizer = from_letters(vocab, said["ggml.merges"], special, SMOLLM_PATTERN)
-    tokenizer.eos_token = tokens[said["ggml.eos_token_id"]]
-    tokenizer.chat_template = said.get("chat_template")
-    return tokenizer
 
 
 # ---- Hugging Face folders -----------------------------------------------------------------------
@@ -246,17 +228,16 @@ def open_weights(folder: Path) -> dict[str, Stored]:
     return stored
 
 
-def export(
-    model: GPTModel | LlamaModel, tokenizer: BPETokenizer | None, folder: str | Path
-) -> None:
+def export(model: nn.Module, tokenizer: BPETokenizer | None, folder: str | Path) -> None:
     """Write a folder that transformers' AutoModelForCausalLM and AutoTokenizer load, and `load`.
 
     Files appear whole or not at all; config.json is the last, and without it there is no model.
     """
     folder = Path(folder)
     kind, architecture = next((k, a) for k, a in ARCHITECTURES.items() if type(model) is a.model)
-    texts = {} if tokenizer is None else tokenizer_files(tokenizer)
-    texts["config.json"] = write_config(kind, architecture, model.config, tokenizer)
+    texts = tokenizer_files(tokenizer) if tokenizer else {}
+    end = tokenizer.special_tokens.get(end_of_text(tokenizer)) if tokenizer else None
+    texts["config.json"] = write_config(kind, model.config, end)
     parameters, tensors = dict(model.named_parameters()), {}
     for theirs, ours in plan(model, architecture.names).items():
         whole = torch.cat([parameters[name].detach().cpu() for name in ours])

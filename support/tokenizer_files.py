@@ -1,14 +1,16 @@
-"""Tokenizers of other people's models: tokenizer.json, vocab.json with merges.txt, and back."""
+"""Tokenizers of other people's models: in folders, in GGUF files, and back into a folder."""
 
 import json
 from pathlib import Path
 
+from support.names import refuse_all_but
 from support.tokenizer import GPT2_PATTERN, BPETokenizer, apply_merges, byte_letters
 
 # SmolLM2 cuts out every digit first, and what lies between the digits by GPT-2's rule.
 SMOLLM_PATTERN = r"\p{N}|'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
-# How tokenizer.json says these two rules.
+# How tokenizer.json says these two rules; trim_offsets does not change ids.
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+BYTE_LEVEL |= {"trim_offsets": True}
 PRE_TOKENIZERS = {
     GPT2_PATTERN: [BYTE_LEVEL],
     SMOLLM_PATTERN: [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL],
@@ -83,15 +85,28 @@ def from_tokenizer_json(path: Path) -> PretrainedTokenizer:
     if found := [key for part in (file, model, *added) for key in UNSUPPORTED if part.get(key)]:
         raise ValueError(f"{path} asks for {found[0]!r}, which our tokenizer does not have.")
     steps = file["pre_tokenizer"] or {}
-    steps = steps.get("pretokenizers", [steps])
     steps = [
-        {"use_regex": True} | step if step.get("type") == "ByteLevel" else step for step in steps
+        BYTE_LEVEL | step | {"trim_offsets": True} if step.get("type") == "ByteLevel" else step
+        for step in steps.get("pretokenizers", [steps])
     ]
-    steps = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
     if not (patterns := [known for known, rule in PRE_TOKENIZERS.items() if rule == steps]):
         raise ValueError(f"{path} cuts text by a rule that our tokenizer does not have: {steps}")
     special = {token["content"]: token["id"] for token in added}
     return from_letters(model["vocab"], model["merges"], special, patterns[0])
+
+
+def gguf_tokenizer(said: dict, path: Path) -> PretrainedTokenizer:
+    """Return the byte-level BPE tokenizer in a GGUF file's metadata."""
+    said = {name.removeprefix("tokenizer."): value for name, value in said.items()}
+    refuse_all_but(said, path, {"ggml.model": ["gpt2"], "ggml.pre": ["smollm"]})
+    tokens, ordinary = said["ggml.tokens"], 1
+    vocab = {token: i for i, token in enumerate(tokens)}
+    kinds = zip(tokens, said["ggml.token_type"], strict=True)
+    special = {token: vocab[token] for token, kind in kinds if kind != ordinary}
+    tokenizer = from_letters(vocab, said["ggml.merges"], special, SMOLLM_PATTERN)
+    tokenizer.eos_token = tokens[said["ggml.eos_token_id"]]
+    tokenizer.chat_template = said.get("chat_template")
+    return tokenizer
 
 
 def tokenizer_files(tokenizer: BPETokenizer) -> dict[str, dict]:
