@@ -162,6 +162,16 @@ def test_a_padded_row_gives_what_it_gives_alone(mask):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_padding_takes_up_no_position():
+    """The logits cannot show it, because only distances count, up to the rounding of angles."""
+    model, seen = small(), []
+    model.rope.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].tolist()))
+    model(torch.zeros(3, 9, dtype=torch.long), LEFT)
+    model(torch.zeros(3, 9, dtype=torch.long))
+    assert seen[0] == [[*range(9)], [0] * 4 + [*range(5)], [0] * 9]
+    assert seen[1] == [*range(9)]
+
+
 def test_no_token_looks_ahead():
     model, ids = small(), torch.randint(61, (2, 16))
     before = model(ids)
