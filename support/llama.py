@@ -147,9 +147,8 @@ class GroupedQueryAttention(nn.Module):
         # Without padding, all tokens at once or one at the end: the kernel needs no mask from us.
         plain = mask is None and T in (1, S)
         allowed = None if plain else causal_mask(T, S, mask, x.device)
-        heads = F.scaled_dot_product_attention(
-            q, k, v, allowed, is_causal=plain and T > 1, enable_gqa=True
-        )
+        how = {"is_causal": plain and T > 1, "enable_gqa": True}  # each k serves its group of q
+        heads = F.scaled_dot_product_attention(q, k, v, allowed, **how)
         return self.W_o(heads.transpose(1, 2).reshape(B, T, C))
 
 

@@ -72,6 +72,7 @@ def compare_generation(title: str, ours, theirs) -> None:
 
 def main() -> None:
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     print(f"{torch.get_num_threads()} threads")
     runs = {name: [] for name in LOADERS}
     for name in list(LOADERS) * REPEATS:
