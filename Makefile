@@ -51,6 +51,7 @@ sync: .venv/.tester
 bench: .venv/.tester data
 	$(BIN)/python tests/bench/tokenizer.py
 	$(BIN)/python tests/bench/gpt.py
+	$(BIN)/python tests/bench/pretrained.py
 
 clean:
 	rm -rf .venv data/cache
