@@ -5,6 +5,7 @@ weights, the optimizer's averages, and `state.json`: how far the run is, what it
 with, and where each process is in its random numbers.
 """
 
+import csv
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -155,8 +157,13 @@ def read_log(folder: Path, state: dict | None) -> list[dict]:
     """Return the rows that the checkpoint knows of; a run that was killed may have written more."""
     if state is None or not (folder / "log.csv").exists():
         return []
-    rows = pd.read_csv(folder / "log.csv", nrows=state["step"], float_precision="round_trip")
-    return rows.to_dict("records")
+    with (folder / "log.csv").open(newline="") as file:
+        rows = list(islice(csv.DictReader(file), state["step"]))
+    return [
+        {name: float(cell or "nan") for name, cell in row.items()}
+        | {name: int(row[name]) for name in ("step", "tokens")}
+        for row in rows
+    ]
 
 
 def write_log(folder: Path, log: list[dict]) -> None:

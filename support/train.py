@@ -128,7 +128,7 @@ def token_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> tuple[Tenso
     A sum, because the parts of a batch may differ in the number of targets. A target of -100 does
     not count. Shapes: inputs (B, T), targets (B, T), or (B,) for a model that returns (B, V).
     """
-    logits = model(inputs).float()  # (B, T, V)
+    logits = model(inputs)  # (B, T, V)
     total = F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction="sum")
     return total, int((targets != -100).sum())
 

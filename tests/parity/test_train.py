@@ -1,6 +1,5 @@
 """The loop equals the one that anyone would write with torch.optim; the schedules equal theirs."""
 
-import copy
 import math
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch.optim import lr_scheduler
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 from small_run import config, data, small_model
 
-from support.gpt import GPTConfig, GPTModel
 from support.train import (
     TrainConfig,
     bits_per_byte,
@@ -89,7 +87,7 @@ def test_decay_is_for_matrices_only():
 @pytest.mark.parametrize("decay", ["cosine", "trapezoid"])
 def test_the_loop_equals_a_reference_loop(clip, decay):
     settings = config(steps=25, lr=0.01, weight_decay=0.5, clip=clip, decay=decay, eval_every=None)
-    ours, theirs = small_model(), small_model()
+    ours, theirs = small_model().double(), small_model().double()  # Adam magnifies rounding
     log = train(ours, data, settings)
     named = dict(theirs.named_parameters())
     plain = {name for name in named if "ln" in name or name.endswith("bias")}
@@ -112,11 +110,11 @@ def test_the_loop_equals_a_reference_loop(clip, decay):
         norms.append(nn.utils.clip_grad_norm_(theirs.parameters(), clip or math.inf).item())
         optimizer.step()
         factor.step()
-        assert log.loss[step] == pytest.approx(loss.item(), abs=2e-6)
-    assert log.grad_norm.tolist() == pytest.approx(norms, abs=2e-5)
+        assert log.loss[step] == pytest.approx(loss.item(), abs=1e-10)
+    assert log.grad_norm.tolist() == pytest.approx(norms, abs=1e-9)
     assert max(norms) > 0.5 and log.loss[24] < log.loss[0] - 0.3
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        same(a, b, 2e-5)
+        same(a, b, 1e-10)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4, 6])
@@ -163,10 +161,3 @@ def test_bits_per_byte():
     # Guessing bytes blindly costs 8 bits each, however they are grouped into tokens.
     assert bits_per_byte(math.log(256), 100, 100) == pytest.approx(8)
     assert bits_per_byte(math.log(256**3), 100, 300) == pytest.approx(8)
-
-
-def test_a_copy_of_the_model_is_not_needed_to_keep_a_tie():
-    model = GPTModel(GPTConfig(31, 8, d_model=16, n_heads=2, n_layers=1))
-    train(model, data, config(steps=2, eval_every=None))
-    assert model.head.weight is model.tok_emb.weight
-    assert copy.deepcopy(model).head.weight is not model.head.weight

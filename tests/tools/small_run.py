@@ -6,18 +6,20 @@
 import json
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from support import checkpoint
 from support.checkpoint import save_weights
 from support.gpt import GPTConfig, GPTModel
 from support.shards import Windows
 from support.train import TrainConfig, token_loss, train
 
-IDS = torch.arange(2000) ** 2 // 7 % 31
+IDS = torch.arange(2000) * 7 % 31
 
 
 def data(step: int):
@@ -42,16 +44,40 @@ def config(**options) -> TrainConfig:
     return TrainConfig(**{"steps": 20, "batch_size": 6, "warmup": 5, "eval_every": 7} | options)
 
 
-def main(folder: Path, dropout: float = 0.0, stop_at: int | None = None, env=None, **options):
-    """Train in `folder`, and leave this process's weights there; `stop_at` is as by Ctrl-C."""
+def kill_at_call(name: str, number: int) -> None:
+    """Let this process die when it calls a function of `support.checkpoint` for the n-th time."""
+    function, calls = getattr(checkpoint, name), []
+
+    def call(*arguments, **options):
+        calls.append(name)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    setattr(checkpoint, name, call)
+
+
+def main(
+    folder: Path, dropout=0.0, stop_at=None, die_in=None, env=None, double=False, **options
+) -> None:
+    """Train in `folder`, and leave this process's weights there.
+
+    Args:
+        stop_at: the step at which to stop as by Ctrl-C.
+        die_in: the arguments of `kill_at_call`.
+        env: environment variables, such as RANK.
+        double: whether to compute in float64, where another order of a sum hardly shows.
+    """
     os.environ.update({"COURSE_QUIET": "1"} | (env or {}))
     torch.set_num_threads(1)
+    if die_in:
+        kill_at_call(*die_in)
 
     def on_step(row):
         if row["step"] == stop_at:
             raise KeyboardInterrupt
 
-    model = small_model(dropout)
+    model = small_model(dropout).to(torch.float64 if double else torch.float32)
     loss = noisy_loss if dropout else token_loss
     evaluations = [data(500), data(501), data(502)]
     train(model, data, config(**options), folder, evaluations, 2.5, on_step=on_step, loss=loss)
