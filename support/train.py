@@ -326,6 +326,7 @@ def train(
                     kept = f"train again with {folder} to go on" if folder else "nothing was saved"
                     tqdm.write(f"Stopped by Ctrl-C after step {done}: {kept}.")
                 break
+        del parallel  # before its processes part: the other way round PyTorch can wait for ever
     return pd.DataFrame(log, columns=COLUMNS)
 
 

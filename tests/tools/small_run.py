@@ -3,6 +3,7 @@
 `python tests/tools/small_run.py FOLDER '{"steps": 5}'`; the options are TrainConfig's and `main`'s.
 """
 
+import gc
 import json
 import os
 import random
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from support import checkpoint
 from support.checkpoint import save_weights
@@ -57,6 +60,17 @@ def kill_at_call(name: str, number: int) -> None:
     setattr(checkpoint, name, call)
 
 
+def watch_the_end() -> None:
+    """Fail if the processes part while DDP is there: PyTorch's gloo then hangs now and then."""
+    destroy = dist.destroy_process_group
+
+    def call():
+        assert not any(type(thing) is DistributedDataParallel for thing in gc.get_objects())
+        destroy()
+
+    dist.destroy_process_group = call
+
+
 def main(
     folder: Path, dropout=0.0, stop_at=None, die_in=None, env=None, double=False, **options
 ) -> None:
@@ -70,6 +84,7 @@ def main(
     """
     os.environ.update({"COURSE_QUIET": "1"} | (env or {}))
     torch.set_num_threads(1)
+    watch_the_end()
     if die_in:
         kill_at_call(*die_in)
 
