@@ -1,7 +1,7 @@
-"""Endless short stories for children, each with its facts: a corpus of which everything is known.
+"""Endless short stories for children, each with its facts: a corpus of which all is known.
 
-The words are written by hand: the cast and the props in `data/storyworld/words.toml`, and the plots in
-`data/storyworld/plots/`, where every sentence has several phrasings (`data/storyworld/README.md`).
+What is written by hand lies in `data/storyworld`: the cast and the props in `words.toml`, and the
+plots, in which every sentence has several phrasings. Its README tells how to write one.
 """
 
 import random
@@ -73,10 +73,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Story:
-    """A text of several paragraphs, and what is true in it."""
+    """A text of three paragraphs, what is true in it, and the seed that chose its words."""
 
     text: str
     facts: Facts
+    seed: int | float | str
 
 
 @dataclass
@@ -135,23 +136,40 @@ def tell(facts: Facts, seed: int | float | str = 0) -> Story:
     the facts change is different.
     """
     plot, fields = plots()[facts.plot], _fields(facts)
-    opening = openings()[plot.needs["opening"]]
-    paragraphs = [
-        [("opening", opening), ("beginning", plot.sections["beginning"])],
-        [(name, plot.sections[name]) for name in ("problem", "middle")],
-        [(facts.ending, plot.sections[facts.ending])],
-    ]
-    text = "\n\n".join(
-        " ".join(filter(None, (_say(random.Random(f"{seed} {name}"), part, fields)
-                               for name, part in paragraph)))
-        for paragraph in paragraphs
-    )  # fmt: skip
-    return Story(text, facts)
+    sections = plot.sections | {"opening": openings()[plot.needs["opening"]]}
+
+    def say(name: str) -> str:  # each section draws by itself: another ending changes no beginning
+        return _say(random.Random(f"{seed} {name}"), sections[name], fields)
+
+    paragraphs = (("opening", "beginning"), ("problem", "middle"), (facts.ending,))
+    text = "\n\n".join(" ".join(map(say, paragraph)) for paragraph in paragraphs)
+    return Story(text, facts, seed)
 
 
-def retell(story: Story, seed: int | float | str = 0, **changes) -> Story:
-    """Tell a story with other facts, such as `ending="sad"`, and the same seed as before."""
-    return tell(replace(story.facts, **changes), seed)
+def retell(story: Story, **changes) -> Story:
+    """Tell a story in the same words but with other facts, such as `ending="sad"`."""
+    return tell(replace(story.facts, **changes), story.seed)
+
+
+# What no story should have; patterns cannot find everything, but what they find is wrong.
+SLIPS = {
+    "a field or a choice left unfilled": r"[{}\[\]|]",
+    "a before a vowel, or an before a consonant": r"\b[Aa] (?:[aei]|o(?!ne|nce))|\b[Aa]n [^aeiouhAEIOUH ]",
+    "a word twice": r"\b(\w+) \1\b(?<!had had)(?<!that that)(?<!very very)",
+    "a space too many": r"  | [,.!?;:]",
+    "a small letter at the start of a sentence": r"(?:^|[.?!] |\n\n)[a-z]|\. ?\" [a-z]",
+    "a paragraph without an end": r"[\w,;]\s*(?:\n\n|$)",
+    "doubled punctuation": r"[,;:][,.;:!?]|[.!?][,.;:]",
+    "an apostrophe, a quotation mark or a dash that is not plain": r"[’‘“”–—…]",
+}
+
+
+def slips(text: str) -> list[str]:
+    """Return what is wrong with a story's English, as far as patterns can tell."""
+    found = [f"{name}: {m[0]!r}" for name, slip in SLIPS.items() if (m := re.search(slip, text))]
+    if any(paragraph.count('"') % 2 for paragraph in text.split("\n\n")):
+        found.append("a quotation that does not end")
+    return found
 
 
 def _say(rng: random.Random, sentences: list[list[str]], fields: dict[str, str]) -> str:
@@ -162,7 +180,7 @@ def _say(rng: random.Random, sentences: list[list[str]], fields: dict[str, str])
     text = re.sub(r"\{([^{}]*)\}", lambda m: _fill(m[1], fields), text)
     text = re.sub(r" {2,}", " ", text)
     # "a" before a vowel, as in "an owl" and "an hour", but "a unicorn"
-    return re.sub(r"\b([Aa]) (?=[aeioAEIO]|[uU](?!ni|se)|hour|honest)", r"\1n ", text)
+    return re.sub(r"\b([Aa]) (?=[aeiAEI]|[oO](?!ne|nce)|[uU](?!ni|se)|hour|honest)", r"\1n ", text)
 
 
 def _fill(name: str, fields: dict[str, str]) -> str:
@@ -206,23 +224,27 @@ def vocabulary() -> dict:
     return tomllib.loads((FOLDER / "words.toml").read_text(encoding="utf-8"))
 
 
+@cache
 def matching(group: str, need: str) -> list[str]:
-    """Return the words of a group that a plot can use: by name, by kind, or "any"."""
+    """Return the words of a group that fit what a plot needs, such as "kite, small !bird".
+
+    Commas set apart ways to fit: a word by its name, a word by its kinds (all that are named, and
+    none that has a "!"), or "any". Raises ValueError if nothing fits.
+    """
     words = vocabulary()[group]
-    found = []
-    for option in (option.strip() for option in need.split(",")):
-        if option == "any" or option in words:
-            found += list(words) if option == "any" else [option]
-        else:  # kinds, all of which must hold: "small animal", or must not: "!bird"
-            kinds = option.split()
-            found += [
-                word
-                for word, about in (words.items() if isinstance(words, dict) else ())
-                if all((k.lstrip("!") in about["kinds"].split()) != k.startswith("!") for k in kinds)
-            ]  # fmt: skip
+
+    def fits(word: str, option: str) -> bool:
+        kinds = words[word]["kinds"].split() if isinstance(words, dict) else []
+        return option in ("any", word) or all(
+            kind[1:] not in kinds if kind.startswith("!") else kind in kinds
+            for kind in option.split()
+        )
+
+    options = [option.strip() for option in need.split(",")]
+    found = [word for word in words if any(fits(word, option) for option in options)]
     if not found:
-        raise ValueError(f"No {group} match {need!r}: see {FOLDER / 'words.toml'}.")
-    return list(dict.fromkeys(found))
+        raise ValueError(f"No {group} fit {need!r}: see {FOLDER / 'words.toml'}.")
+    return found
 
 
 @cache
@@ -242,7 +264,7 @@ def openings() -> dict[str, list[list[str]]]:
 
 
 def _read_plots(text: str) -> dict[str, Plot]:
-    """Read `# name`, `key: value` lines, then `## section`s of sentences set apart by blank lines."""
+    """Read plots: `# name`, `key: value` lines, `## section`s, sentences between blank lines."""
     found = {}
     defaults = {"hero": "any", "friend": "any", "place": "any", "object": "any", "weather": "any"}
     defaults |= {"helper": "always", "opening": "alone", "problem": "other"}
