@@ -154,7 +154,7 @@ def retell(story: Story, **changes) -> Story:
 # What no story should have; patterns cannot find everything, but what they find is wrong.
 SLIPS = {
     "a field or a choice left unfilled": r"[{}\[\]|]",
-    "a before a vowel, or an before a consonant": r"\b[Aa] (?:[aei]|o(?!ne|nce))|\b[Aa]n [^aeiouhAEIOUH ]",
+    "a before a vowel, or an before none": r"\b[Aa] (?:[aei]|o(?!ne|nce))|\b[Aa]n [^aeiouhAEIOUH ]",
     "a word twice": r"\b(\w+) \1\b(?<!had had)(?<!that that)(?<!very very)",
     "a space too many": r"  | [,.!?;:]",
     "a small letter at the start of a sentence": r"(?:^|[.?!] |\n\n)[a-z]|\. ?\" [a-z]",
@@ -170,6 +170,25 @@ def slips(text: str) -> list[str]:
     if any(paragraph.count('"') % 2 for paragraph in text.split("\n\n")):
         found.append("a quotation that does not end")
     return found
+
+
+def review(continuation: str, facts: Facts, ended: bool) -> dict[str, bool]:
+    """Return which tests a continued story passes, by name of the test.
+
+    Args:
+        continuation: what was written after a beginning that tells the hero, place and object.
+        facts: those of the beginning.
+        ended: whether the writer stopped by itself.
+    """
+    names = {name for group in vocabulary()["names"].values() for name in group}
+    found = set(re.findall(r"[A-Za-z]+", continuation))
+    return {
+        "keeps the name": facts.hero.name in found and len(found & names - {facts.hero.name}) <= 1,
+        "mentions the object": facts.object in found,
+        "is grammatical": not slips(continuation),
+        "spells well": {word.lower() for word in found} <= lexicon(),
+        "ends": ended and continuation.rstrip().endswith((".", "!", "?", '"')),
+    }
 
 
 def _say(rng: random.Random, sentences: list[list[str]], fields: dict[str, str]) -> str:
@@ -254,6 +273,15 @@ def plots() -> dict[str, Plot]:
     for path in sorted((FOLDER / "plots").glob("*.md")):
         found |= _read_plots(path.read_text(encoding="utf-8"))
     return dict(sorted(found.items()))
+
+
+@cache
+def lexicon() -> frozenset[str]:
+    """Return every word that can stand in a story, in small letters."""
+    paths = FOLDER / "words.toml", FOLDER / "openings.md", *(FOLDER / "plots").glob("*.md")
+    text = " ".join(path.read_text(encoding="utf-8") for path in paths)
+    made = {"an", *PRONOUNS["he"].values(), *PRONOUNS["she"].values()}  # by the program
+    return frozenset(re.findall("[a-z]+", text.lower())) | made
 
 
 @cache

@@ -7,7 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from support.storyworld import draw_facts, openings, plots, retell, slips, stories, tell, vocabulary
+from support.storyworld import (
+    draw_facts,
+    openings,
+    plots,
+    retell,
+    review,
+    slips,
+    stories,
+    tell,
+    vocabulary,
+)
 
 
 def tales(plot: str, number: int):
@@ -109,6 +119,27 @@ def test_the_helper_and_what_was_lost_follow_from_the_plot():
         assert story.facts.helper == (story.facts.friend if helped else None)
         is_lost = plots()[story.facts.plot].needs["problem"] == "lost"
         assert story.facts.lost == (story.facts.object if is_lost else None)
+
+
+def test_a_real_ending_passes_the_review_and_a_spoiled_one_does_not():
+    for story in some(300, "test"):
+        ending = "\n\n".join(story.text.split("\n\n")[1:])
+        passed = review(ending, story.facts, ended=True)
+        assert passed.pop("mentions the object") == bool(
+            re.search(rf"\b{story.facts.object}\b", ending)
+        )
+        assert all(passed.values()), (passed, ending)
+        hero = story.facts.hero.name
+        others = [name for name in vocabulary()["names"]["he"] if name not in ending][:2]
+        for spoiled, test in (
+            (ending.replace(hero, "Somebody"), "keeps the name"),
+            (f"{ending} {others[0]} met {others[1]}.", "keeps the name"),
+            (ending + " He saw a owl.", "is grammatical"),
+            (ending + " It was xylophonic.", "spells well"),
+            (ending[:-1], "ends"),
+        ):
+            assert not review(spoiled, story.facts, ended=True)[test], spoiled
+        assert not review(ending, story.facts, ended=False)["ends"]
 
 
 def test_names_are_not_words_of_the_stories():
