@@ -247,14 +247,14 @@ def vocabulary() -> dict:
 def matching(group: str, need: str) -> list[str]:
     """Return the words of a group that fit what a plot needs, such as "kite, small !bird".
 
-    Commas set apart ways to fit: a word by its name, a word by its kinds (all that are named, and
-    none that has a "!"), or "any". Raises ValueError if nothing fits.
+    Commas set apart ways to fit: a word must have all the kinds that are named, its own name being
+    one, and none that has a "!"; or "any". Raises ValueError if nothing fits.
     """
     words = vocabulary()[group]
 
     def fits(word: str, option: str) -> bool:
-        kinds = words[word]["kinds"].split() if isinstance(words, dict) else []
-        return option in ("any", word) or all(
+        kinds = [word] + (words[word]["kinds"].split() if isinstance(words, dict) else [])
+        return option == "any" or all(
             kind[1:] not in kinds if kind.startswith("!") else kind in kinds
             for kind in option.split()
         )
