@@ -36,7 +36,7 @@ def test_a_plot_is_well_written_and_keeps_its_facts(plot):
         text, facts = story.text, story.facts
         assert slips(text) == [], text
         assert text.count("\n\n") == 2, text
-        assert 55 <= len(text.split()) <= 220, f"{len(text.split())} words\n{text}"
+        assert 55 <= len(text.split()) <= 240, f"{len(text.split())} words\n{text}"
         assert f"{facts.look} {facts.object}" in text, f"the {facts.look} {facts.object}\n{text}"
         assert facts.place in text, f"{facts.place}\n{text}"
         assert f"{facts.hero.species}" in text.split("\n\n")[0], text
