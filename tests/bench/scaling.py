@@ -1,0 +1,36 @@
+"""Four sizes of GPT on the same stories: the validation loss on the way. About half an hour.
+
+Run `python tests/bench/scaling.py`. Writes `data/models/scaling.csv`; chapter 5 draws it.
+"""
+
+import pandas as pd
+import torch
+
+from support.data import DATA
+from support.gpt import GPTConfig, GPTModel, count_parameters
+from support.house import WORK, prepare
+from support.shards import Shards, Windows
+from support.train import TrainConfig, train
+
+SIZES = {"d_model": 32, "n_layers": 2}, {"d_model": 64, "n_layers": 3}, {"d_model": 96, "n_layers": 4}, {"d_model": 160, "n_layers": 5}  # fmt: skip
+CONTEXT, BATCH, STEPS = 128, 16, 700
+
+
+def main() -> None:
+    vocab_size = prepare().vocab_size
+    ids, val = (Windows(Shards(WORK / name), CONTEXT, BATCH) for name in ("train", "validation"))
+    evaluations, logs = [val(i) for i in range(12)], []
+    for size in SIZES:
+        torch.manual_seed(0)
+        model = GPTModel(GPTConfig(vocab_size, CONTEXT, n_heads=size["d_model"] // 32, **size))
+        # a constant rate, so that every point of a curve is a run of that length
+        config = TrainConfig(STEPS, BATCH, 3e-3, min_lr_share=1, warmup=30, eval_every=STEPS // 7)
+        log = train(model, ids, config, evaluations=evaluations).dropna(subset="val_loss")
+        logs.append(log[["tokens", "val_loss"]].assign(parameters=count_parameters(model)))
+        print(logs[-1].tail(1).to_string(index=False))
+    table = pd.concat(logs)[["parameters", "tokens", "val_loss"]].round(4)
+    table.to_csv(DATA / "models" / "scaling.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()
