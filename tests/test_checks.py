@@ -10,6 +10,8 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from torch import nn
 
 from support import checks
@@ -104,6 +106,35 @@ def test_right_answers_of_another_style_count():
         return (jacobian != 0).any(dim=3).any(dim=1)
 
     assert EXERCISES["3.4"].verdict(by_gradients) == "✓ 3.4: correct."
+
+
+def test_what_the_libraries_compute_is_right():
+    def clipped(gradients, max_norm):
+        parameters = [nn.Parameter(torch.zeros_like(g)) for g in gradients]
+        for parameter, g in zip(parameters, gradients, strict=True):
+            parameter.grad = g.clone()
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+        return [parameter.grad for parameter in parameters]
+
+    def penalized(logits, used, penalty):
+        processor = transformers.RepetitionPenaltyLogitsProcessor(penalty)
+        return processor(torch.tensor([used]), logits[None].clone())[0]
+
+    def stepped(w, g, m, v, t, lr, betas, eps, weight_decay):
+        w = nn.Parameter(w.clone())
+        w.grad = g
+        optimizer = torch.optim.AdamW([w], lr, betas, eps, weight_decay)
+        averages = {"exp_avg": m.clone(), "exp_avg_sq": v.clone()}
+        optimizer.state[w] = {"step": torch.tensor(t - 1.0)} | averages
+        optimizer.step()
+        return w, averages["exp_avg"], averages["exp_avg_sq"]
+
+    def perplexity(probs, targets):
+        return F.cross_entropy(probs.log(), targets).exp()
+
+    libraries = {"5.1": perplexity, "5.3": clipped, "5.5": penalized, "5.6": stepped}
+    for name, library in libraries.items():
+        assert EXERCISES[name].verdict(library) == f"✓ {name}: correct."
 
 
 def test_a_softmax_that_overflows_is_wrong():
