@@ -12,7 +12,7 @@ from support.house import WORK, prepare
 from support.shards import Shards, Windows
 from support.train import TrainConfig, train
 
-SIZES = {"d_model": 32, "n_layers": 2}, {"d_model": 64, "n_layers": 3}, {"d_model": 96, "n_layers": 4}, {"d_model": 160, "n_layers": 5}  # fmt: skip
+SIZES = [(32, 2), (64, 3), (96, 4), (160, 5)]  # width and blocks
 CONTEXT, BATCH, STEPS = 128, 16, 700
 
 
@@ -20,9 +20,9 @@ def main() -> None:
     vocab_size = prepare().vocab_size
     ids, val = (Windows(Shards(WORK / name), CONTEXT, BATCH) for name in ("train", "validation"))
     evaluations, logs = [val(i) for i in range(12)], []
-    for size in SIZES:
+    for width, n_layers in SIZES:
         torch.manual_seed(0)
-        model = GPTModel(GPTConfig(vocab_size, CONTEXT, n_heads=size["d_model"] // 32, **size))
+        model = GPTModel(GPTConfig(vocab_size, CONTEXT, width, width // 32, n_layers))
         # a constant rate, so that every point of a curve is a run of that length
         config = TrainConfig(STEPS, BATCH, 3e-3, min_lr_share=1, warmup=30, eval_every=STEPS // 7)
         log = train(model, ids, config, evaluations=evaluations).dropna(subset="val_loss")

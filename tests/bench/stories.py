@@ -89,9 +89,10 @@ def main() -> None:
     }
     table = {}
     for name, rows in written.items():
+        texts = [tokenizer.decode([i for i in row if i != stop_id]) for row in rows]
         checks = [
-            review(tokenizer.decode([i for i in row if i != stop_id]), story.facts, row[-1] == stop_id)
-            for row, (story, _) in zip(rows, told, strict=True)
+            review(text, story.facts, ended=row[-1] == stop_id)
+            for text, row, (story, _) in zip(texts, rows, told, strict=True)
         ]
         table[name] = pd.DataFrame(checks).mean()
     table = pd.DataFrame(table).round(3)
