@@ -1,6 +1,6 @@
 # make lab    set up what a reader needs, and open JupyterLab
 # make test   set up the test libraries too, and run everything that CI runs
-# The other targets: setup · data · notebooks · sync · bench · clean
+# The other targets: setup · data · notebooks · sync · bench · pretrain · clean
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
@@ -8,7 +8,7 @@ JOBS ?= 2
 # One thread a process: the notebooks run side by side, and their outputs do not depend on the cores.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: setup data lab test notebooks sync bench clean
+.PHONY: setup data lab test notebooks sync bench pretrain clean
 .DELETE_ON_ERROR:
 
 setup: .venv/.reader data
@@ -52,6 +52,10 @@ bench: .venv/.tester data
 	$(BIN)/python tests/bench/tokenizer.py
 	$(BIN)/python tests/bench/gpt.py
 	$(BIN)/python tests/bench/pretrained.py
+	$(BIN)/python tests/bench/shakespeare.py
+
+pretrain: .venv/.reader
+	$(BIN)/python -m support.house
 
 clean:
 	rm -rf .venv data/cache

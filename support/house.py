@@ -4,10 +4,12 @@
 earlier run was stopped.
 """
 
-import shutil
+import hashlib
+from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
-from support.data import DATA
+from support.data import DATA, write_atomic
 from support.pretrained import export
 from support.recipe import from_recipe
 from support.shards import write_shards
@@ -18,38 +20,47 @@ from support.train import train
 FOLDER = DATA / "models" / "story"
 WORK = DATA / "cache" / "story"  # the tokens, and the checkpoints on the way
 VOCAB_SIZE = 2048
-END, *CHAT = SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # for chapter 7
+END = "<|endoftext|>"
+SPECIAL_TOKENS = (END, "<|im_start|>", "<|im_end|>")  # the last two are for chapter 7
 NUMBER_OF_STORIES = {"train": 60_000, "validation": 1_000}
 FOR_THE_TOKENIZER = 10_000
 
 
-def texts(split: str, number: int) -> list[str]:
-    """Return the first stories of a split."""
-    return [story.text for story in islice(stories(0, split), number)]
+def texts(split: str, number: int) -> Iterator[str]:
+    """Yield the first stories of a split."""
+    return (story.text for story in islice(stories(0, split), number))
 
 
-def prepare() -> BPETokenizer:
-    """Train the tokenizer, and write the tokens of all stories to disk."""
-    if not (WORK / "tokenizer.json").exists():
+def prepare(work: Path = WORK) -> BPETokenizer:
+    """Train the tokenizer, and write the tokens of all stories to disk, if that is not done.
+
+    Raises ValueError if what is there comes from other stories.
+    """
+    first = "\n\n".join(texts("train", 100))
+    mark = hashlib.sha256(f"{first} {VOCAB_SIZE} {NUMBER_OF_STORIES}".encode()).hexdigest()
+    work.mkdir(parents=True, exist_ok=True)
+    if (work / "stories.sha256").exists():
+        if (work / "stories.sha256").read_text() != mark:
+            raise ValueError(f"The stories are others than those in {work}: delete that folder.")
+    else:
         text = (END + "\n").join(texts("train", FOR_THE_TOKENIZER))
-        WORK.mkdir(parents=True, exist_ok=True)
-        BPETokenizer.train(text, VOCAB_SIZE, SPECIAL_TOKENS).save(WORK / "tokenizer.json")
-    tokenizer = BPETokenizer.load(WORK / "tokenizer.json")
-    (end_id,) = tokenizer.encode(END, allowed_special={END})
+        BPETokenizer.train(text, VOCAB_SIZE, SPECIAL_TOKENS).save(work / "tokenizer.json")
+        write_atomic(work / "stories.sha256", mark.encode())
+    tokenizer = BPETokenizer.load(work / "tokenizer.json")
+    end_id = tokenizer.special_tokens[END]
     for split, number in NUMBER_OF_STORIES.items():
-        if not (WORK / split).exists():
-            told = (story.text for story in islice(stories(0, split), number))
-            write_shards(told, tokenizer, WORK / split, end_id=end_id)
+        if not (work / split).exists():
+            write_shards(texts(split, number), tokenizer, work / split, end_id=end_id)
     return tokenizer
 
 
 def main() -> None:
-    """Train the house model and store it in Hugging Face's format."""
+    """Train the house model and store it in Hugging Face's format, with the log of its training."""
     tokenizer = prepare()
     arguments = from_recipe(FOLDER / "recipe.toml")
     log = train(**arguments, folder=WORK / "run")
     export(arguments["model"], tokenizer, FOLDER)
-    shutil.copy(WORK / "run" / "log.csv", FOLDER / "log.csv")
+    write_atomic(FOLDER / "log.csv", (WORK / "run" / "log.csv").read_bytes())
     print(log.dropna(subset="val_loss").tail(1).to_string(index=False))
 
 
