@@ -34,12 +34,14 @@ class DataConfig:
         train, val: folders of shards, seen from the recipe's own folder.
         val_batches: how many batches of the validation set to evaluate on.
         seed: of the order of the windows.
+        end_id: if given, each window begins where a text does; see `Windows`.
     """
 
     train: str
     val: str
     val_batches: int = 20
     seed: int = 0
+    end_id: int | None = None
 
 
 def from_recipe(path: str | Path, **changes) -> dict:
@@ -59,11 +61,11 @@ def from_recipe(path: str | Path, **changes) -> dict:
     if shape.vocab_size < (largest := max(train_ids.vocab_size, val_ids.vocab_size)):
         raise ValueError(f"vocab_size={shape.vocab_size} is too small: the shards need {largest}.")
     T, B = shape.context_length, config.batch_size
-    val = Windows(val_ids, T, B)
+    val = Windows(val_ids, T, B, end_id=data.end_id)
     torch.manual_seed(config.seed)
     return {
         "model": GPTModel(shape),
-        "data": Windows(train_ids, T, B, data.seed),
+        "data": Windows(train_ids, T, B, data.seed, data.end_id),
         "config": config,
         "evaluations": [val(i) for i in range(min(data.val_batches, max(len(val) // B, 1)))],
         "bytes_per_token": val_ids.n_bytes / len(val_ids),

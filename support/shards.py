@@ -99,6 +99,15 @@ class Shards:
         return np.concatenate(parts)
 
 
+def text_starts(ids, end_id: int, last: int) -> np.ndarray:
+    """Return the places up to `last` where a text begins: 0, and those after an `end_id`."""
+    parts = [np.array([0])]
+    for start in range(0, last, 2**20):  # not all at once: there may be more than memory holds
+        part = np.asarray(ids[start : min(start + 2**20, last)])
+        parts.append(np.flatnonzero(part == end_id) + start + 1)
+    return np.concatenate(parts)
+
+
 class Windows:
     """Batches (inputs, targets), each (B, T), from one long row of ids: `windows(step)`.
 
@@ -109,9 +118,13 @@ class Windows:
         ids: list, array, `np.memmap` or `Shards`; only the windows asked for are read.
         context_length: T.
         batch_size: B; a batch may end one epoch and begin the next.
+        end_id: what ends a text. If given, a window begins where a text does, and holds the T ids
+            from there on, of the next texts too; else the row is cut wherever T ids are full.
     """
 
-    def __init__(self, ids, context_length: int, batch_size: int, seed: int = 0):
+    def __init__(
+        self, ids, context_length: int, batch_size: int, seed: int = 0, end_id: int | None = None
+    ):
         if context_length < 1 or batch_size < 1:
             raise ValueError(
                 f"context_length and batch_size must be at least 1, not {context_length} "
@@ -124,9 +137,13 @@ class Windows:
             )
         self.ids, self.context_length, self.batch_size = ids, context_length, batch_size
         self.seed, self.epoch, self.order = seed, None, None
+        last = len(ids) - context_length - 1  # where the last whole window begins
+        self.starts = range(0, last + 1, context_length)
+        if end_id is not None:
+            self.starts = text_starts(ids, end_id, last)
 
     def __len__(self):
-        return (len(self.ids) - 1) // self.context_length
+        return len(self.starts)
 
     def window(self, place: int) -> np.ndarray:
         """Return the (T + 1,) ids of the window at a place in the row of all epochs."""
@@ -134,7 +151,7 @@ class Windows:
         if epoch != self.epoch:
             self.epoch = epoch
             self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self))
-        start = int(self.order[i]) * self.context_length
+        start = int(self.starts[self.order[i]])
         return np.asarray(self.ids[start : start + self.context_length + 1], dtype=np.int64)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:

@@ -1,15 +1,18 @@
 """The shipped house model is the one that its recipe makes, and the recipe can go on from it."""
 
 import shutil
+from itertools import islice
 
 import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
 
+from support import house
 from support.house import FOLDER, SPECIAL_TOKENS, prepare
 from support.pretrained import load
 from support.recipe import from_recipe
+from support.storyworld import stories, vocabulary
 from support.train import evaluate, train
 
 
@@ -36,7 +39,7 @@ def test_the_tokenizer_is_the_one_that_the_stories_make(recipe):
 
 
 def test_the_first_steps_of_the_recipe_are_those_of_the_log(recipe, log):
-    arguments = from_recipe(recipe[0]) | {"evaluations": ()}
+    arguments = house.recipe(recipe[0]) | {"evaluations": ()}
     losses = []
 
     def stop_after_three(row):
@@ -65,6 +68,21 @@ def test_training_can_go_on_from_the_shipped_model(recipe, log):
     after = train(**arguments | {"model": model})
     assert after.loss.mean() == pytest.approx(log.loss[-100:].mean(), abs=0.15)
     assert after.val_loss.iloc[-1] == pytest.approx(before, abs=0.03)
+
+
+def test_a_name_that_comes_again_is_copied():
+    model, tokenizer = load("story")
+    names = [name for group in vocabulary()["names"].values() for name in group]
+    name_ids = {tokenizer.encode(" " + name)[0] for name in names}
+    right = []
+    for story in islice(stories(3, "test"), 20):
+        ids = tokenizer.encode(story.text)
+        with torch.no_grad():
+            logits = model(torch.tensor([ids]))[0]  # (T, V)
+        for at in range(1, len(ids)):
+            if ids[at] in name_ids and ids[at] in ids[:at]:
+                right.append(max(name_ids, key=logits[at - 1].tolist().__getitem__) == ids[at])
+    assert len(right) > 100 and sum(right) / len(right) > 0.6  # of two names, half would be chance
 
 
 def test_stories_that_changed_are_noticed(recipe, monkeypatch):

@@ -265,3 +265,15 @@ def test_the_command_trains_and_goes_on_by_itself(recipe, tmp_path):
     other = command("--out", str(tmp_path / "out"), "--steps", "7")
     assert other.returncode == 1 and other.stderr.count("\n") == 1
     assert "config's steps=6, but here it is 7" in other.stderr
+
+
+def test_windows_can_begin_where_a_text_does():
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 20, size=3 * 2**20)  # longer than what is searched at once
+    windows = Windows(ids, 12, 5, end_id=7)
+    wanted = [0] + [i + 1 for i in np.flatnonzero(ids == 7).tolist() if i + 13 < len(ids)]
+    assert list(windows.starts) == wanted
+    inputs, targets = windows(3)
+    assert torch.equal(inputs[:, 1:], targets[:, :-1])
+    starts = {tuple(ids[i : i + 12].tolist()) for i in wanted}
+    assert all(tuple(row.tolist()) in starts for row in inputs)
