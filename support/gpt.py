@@ -157,10 +157,10 @@ class GPTModel(nn.Module):
         """The token embedding, (V, C)."""
         return self.embed.tok_emb
 
-    def forward(
+    def hidden(
         self, ids: Tensor, mask: Tensor | None = None, cache: list[KVCache] | None = None
     ) -> Tensor:
-        """Return the scores (logits) of every next token, (B, T, V), for ids (B, T).
+        """Return each token's vector after the last LayerNorm, (B, T, C), for ids (B, T).
 
         Args:
             mask: (B, S), True for a real token and False for padding, on either side. Padding
@@ -182,7 +182,11 @@ class GPTModel(nn.Module):
         x = self.embed(ids, positions)  # (B, T, C)
         for block, kv in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             x = block(x, mask, kv)
-        return self.head(self.ln(x))  # (B, T, V)
+        return self.ln(x)
+
+    def forward(self, ids: Tensor, mask=None, cache: list[KVCache] | None = None) -> Tensor:
+        """Return the scores (logits) of every next token, (B, T, V); the rest as in `hidden`."""
+        return self.head(self.hidden(ids, mask, cache))
 
 
 def initialize(model: nn.Module, n_layers: int) -> None:

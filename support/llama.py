@@ -183,8 +183,8 @@ class LlamaModel(nn.Module):
             self.head.weight = self.tok_emb.weight
         initialize(self, config.n_layers)
 
-    def forward(self, ids: Tensor, mask=None, cache: list[KVCache] | None = None) -> Tensor:
-        """Return the logits (B, T, V) for ids (B, T); mask, cache and errors as in `GPTModel`."""
+    def hidden(self, ids: Tensor, mask=None, cache: list[KVCache] | None = None) -> Tensor:
+        """Return each token's vector after the last norm, (B, T, C); the rest as in `GPTModel`."""
         start = cache[0].length if cache else 0
         end = start + ids.shape[1]
         if end > (limit := self.config.context_length):
@@ -197,4 +197,8 @@ class LlamaModel(nn.Module):
         rotation = [part.to(x.dtype) for part in self.rope(positions)]
         for block, kv in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             x = block(x, rotation, mask, kv)
-        return self.head(self.ln(x))  # (B, T, V)
+        return self.ln(x)
+
+    def forward(self, ids: Tensor, mask=None, cache: list[KVCache] | None = None) -> Tensor:
+        """Return the logits (B, T, V) for ids (B, T); the rest as in `hidden`."""
+        return self.head(self.hidden(ids, mask, cache))
