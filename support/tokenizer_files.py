@@ -39,10 +39,10 @@ class PretrainedTokenizer(BPETokenizer):
 
 def from_letters(vocab: dict[str, int], merges: list, special, pattern: str) -> PretrainedTokenizer:
     """Return the tokenizer of a vocabulary and merges that are written in byte letters."""
-    byte_of = byte_letters()
+    byte_of = str.maketrans({letter: chr(byte) for letter, byte in byte_letters().items()})
 
     def to_bytes(token):
-        return bytes(byte_of[letter] for letter in token)
+        return token.translate(byte_of).encode("latin-1")
 
     pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
     return PretrainedTokenizer(
