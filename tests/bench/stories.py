@@ -36,8 +36,8 @@ def two_minute_model(ids: Shards, vocab_size: int) -> GPTModel:
     torch.manual_seed(0)
     model = GPTModel(GPTConfig(vocab_size, context_length=256, d_model=128, n_heads=4, n_layers=4))
     data, start = Windows(ids, 256, 8), time.perf_counter()
-    train(model, data, TrainConfig(steps=5, batch_size=8))  # how long does a step take?
-    steps = int(SECONDS / ((time.perf_counter() - start) / 5))
+    train(model, data, TrainConfig(steps=30, batch_size=8))  # how long does a step take?
+    steps = int(SECONDS / ((time.perf_counter() - start) / 30))
     train(model, data, TrainConfig(steps, 8, lr=3e-3, warmup=min(20, steps)))
     return model
 
