@@ -187,6 +187,34 @@ def plot_tokens(tokens: Sequence[str], title: str = "", width: int = 76) -> Figu
     return figure
 
 
+def plot_words(words: Sequence[tuple[str, float]], title: str = "", width: int = 84) -> Figure:
+    """Draw words in boxes, the number of each below it: orange above 0, blue below, white at 0."""
+    lines, used = [[]], 0
+    for word, value in words:
+        size = max(len(word), 6) + 1
+        if used + size > width and lines[-1]:
+            lines.append([])
+            used = 0
+        lines[-1].append((used, size, word, value))
+        used += size
+    figure, axes = new_axes(width=9, height=0.6 + 0.62 * len(lines), title=title)
+    axes.set(xlim=(0, width), ylim=(len(lines) - 0.3, -0.5))
+    axes.axis("off")
+    limit = max([abs(value) for _, value in words], default=0) or 1
+    for y, line in enumerate(lines):
+        for x, size, word, value in line:
+            strength, color = min(abs(value) / limit, 1) * 0.75, ORANGE if value > 0 else "#56B4E9"
+            box = (x + 0.15, y - 0.3), size - 0.3, 0.42
+            patch = FancyBboxPatch(
+                *box, boxstyle="square,pad=0", fc=(color, strength), ec="#9aa4ae"
+            )
+            axes.add_patch(patch)
+            center, font = x + size / 2, {"ha": "center", "va": "center"}
+            axes.text(center, y - 0.09, word, family="monospace", fontsize=10, **font)
+            axes.text(center, y + 0.28, f"{value:+.2f}", fontsize=8, color=GRAY, **font)
+    return figure
+
+
 def plot_windows(tokens: Sequence[str], context_length: int, stride: int) -> Figure:
     """Draw a row of tokens and, under it, every sliding window: inputs blue, targets orange."""
     starts = range(0, len(tokens) - context_length, stride)

@@ -22,7 +22,8 @@ def explore(draw: Callable[..., Figure], alt: str | Callable[..., str], **contro
         draw: makes a matplotlib Figure from the controls' values.
         alt: what the picture shows, in words: a text, or a function of the values.
         controls: for each argument of `draw` either `(start, low, high)` or
-            `(start, low, high, step)` for a number, or a list of choices, the first chosen.
+            `(start, low, high, step)` for a number, a list of choices, the first chosen, or a
+            text, which the reader may change.
     """
     width = f"{max(map(len, controls), default=0) + 1}ch"
     boxes = {name: _control(spec) for name, spec in controls.items()}
@@ -71,6 +72,8 @@ def progress(items: Iterable, description: str = "", **options) -> tqdm:
 def _control(spec):
     if isinstance(spec, list):
         return ipywidgets.Dropdown(options=spec, value=spec[0])
+    if isinstance(spec, str):
+        return ipywidgets.Text(value=spec, continuous_update=False)  # redrawn at Enter
     start, low, high, *step = spec
     kind = (
         ipywidgets.FloatSlider if any(isinstance(x, float) for x in spec) else ipywidgets.IntSlider
@@ -82,7 +85,7 @@ def _control(spec):
 def _row(name: str, box, width: str) -> ipywidgets.Widget:
     """Return the control with its name, and a slider with a box to type the number into."""
     named, row = box, box
-    if not isinstance(box, ipywidgets.Dropdown):
+    if not isinstance(box, ipywidgets.Dropdown | ipywidgets.Text):
         kind = (
             ipywidgets.BoundedFloatText
             if isinstance(box, ipywidgets.FloatSlider)
@@ -94,7 +97,8 @@ def _row(name: str, box, width: str) -> ipywidgets.Widget:
     # A description is a name for a screen reader too; a slider cannot have one that is read out.
     named.description = named.tooltip = name.replace("_", " ")
     named.style.description_width = width
-    named.layout.width = f"calc({width} + {'16em' if named is box else '6em'})"
+    room = "36em" if isinstance(box, ipywidgets.Text) else "16em" if named is box else "6em"
+    named.layout.width = f"calc({width} + {room})"
     return row
 
 

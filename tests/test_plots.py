@@ -56,6 +56,17 @@ def test_tokens_are_all_drawn_with_their_spaces():
     assert len({text.get_position()[1] for text in axes.texts}) == 3
 
 
+def test_words_carry_their_numbers_and_the_strongest_the_strongest_color():
+    axes = plots.plot_words([("free", 0.8), ("you", -0.4), ("a", 0.0), ("x" * 80, 0.4)]).axes[0]
+    texts = [text.get_text() for text in axes.texts]
+    assert texts == ["free", "+0.80", "you", "-0.40", "a", "+0.00", "x" * 80, "+0.40"]
+    shades = [patch.get_facecolor()[3] for patch in axes.patches]
+    assert shades[0] > shades[1] == shades[3] > shades[2] == 0
+    assert axes.patches[0].get_facecolor()[:3] != axes.patches[1].get_facecolor()[:3]
+    assert axes.patches[3].get_y() > axes.patches[2].get_y()  # in a line of its own
+    assert not plots.plot_words([]).axes[0].texts
+
+
 def test_windows_show_the_target_one_to_the_right():
     axes = plots.plot_windows(list("abcdef"), context_length=3, stride=2).axes[0]
     boxes = [patch.get_x() for patch in axes.patches]

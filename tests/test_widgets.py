@@ -97,6 +97,15 @@ def test_a_list_becomes_choices_of_which_the_first_is_chosen(explore):
     assert draw.calls == [{"shape": "bars"}, {"shape": "line"}]
 
 
+def test_a_text_becomes_a_box_to_type_into(explore):
+    draw = Draw()
+    (box,), (), picture = parts(explore(draw, lambda said: f"of {said}", said="hello")[0])
+    assert isinstance(box, ipywidgets.Text) and not box.continuous_update
+    box.value = "<good> bye"
+    assert draw.calls == [{"said": "hello"}, {"said": "<good> bye"}]
+    assert 'alt="of &lt;good&gt; bye"' in picture.value
+
+
 def test_every_control_has_a_name_that_fits(explore):
     panel, _ = explore(Draw(), "…", n=(1, 0, 3), number_of_words=(1, 0, 3), shape=["bars"])
     named, _, _ = parts(panel)

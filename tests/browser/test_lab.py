@@ -80,7 +80,7 @@ def _assert_all_ran(cells: list[dict]) -> None:
 
 
 def _turn_controls(page, index: int) -> None:
-    """Move each slider, type into its number box, choose from each list; see the picture follow."""
+    """Use each slider and its number box, each list and each text box; see the picture follow."""
     page.evaluate(SHOW, index)
     panel = page.locator(f"#cell-{index} .widget-vbox")
     panel.locator("img").wait_for()
@@ -88,7 +88,8 @@ def _turn_controls(page, index: int) -> None:
     # Found by role and name: a control that a screen reader could not name is not found.
     numbers = panel.get_by_role("spinbutton", name=re.compile(r"\w")).all()
     lists = panel.get_by_role("combobox", name=re.compile(r"\w")).all()
-    assert sliders or lists, f"cell {index}: no control in the panel"
+    texts = panel.get_by_role("textbox", name=re.compile(r"\w")).all()
+    assert sliders or lists or texts, f"cell {index}: no control in the panel"
     assert len(numbers) == len(sliders), f"cell {index}: a slider without a named number box"
     assert len(lists) == panel.locator("select").count(), f"cell {index}: a list without a name"
     for slider, number in zip(sliders, numbers, strict=True):
@@ -103,6 +104,10 @@ def _turn_controls(page, index: int) -> None:
     for choices in lists:
         with _new_picture(page, index, "another choice from the list"):
             choices.select_option(index=1)  # the first is chosen already
+    for text in texts:
+        with _new_picture(page, index, "typing another text"):
+            text.fill("See you at eight")
+            text.press("Enter")
 
 
 @contextmanager
