@@ -153,7 +153,13 @@ def same(a, b) -> bool:
 
 def _alike(a, b) -> bool:
     """Return whether two wrong results agree; here NaN is like NaN."""
-    return same(*(x.nan_to_num(-1e9) if isinstance(x, torch.Tensor) else x for x in (a, b)))
+
+    def comparable(x):
+        if isinstance(x, torch.Tensor):
+            return x.nan_to_num(-1e9)
+        return -1e9 if isinstance(x, float) and math.isnan(x) else x
+
+    return same(comparable(a), comparable(b))
 
 
 def _copies(case: tuple) -> tuple:
