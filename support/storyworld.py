@@ -19,6 +19,7 @@ PRONOUNS = {  # he, him, his, himself
     "he": {"he": "he", "him": "him", "his": "his", "himself": "himself"},
     "she": {"he": "she", "him": "her", "his": "her", "himself": "herself"},
 }
+CHOICE = r"\[([^\[\]]*)\]"  # [big|huge], the innermost first
 SPLITS = {"train": range(10, 100), "validation": range(5, 10), "test": range(0, 5)}  # per cent
 
 
@@ -146,6 +147,18 @@ def tell(facts: Facts, seed: int | float | str = 0) -> Story:
     return Story(text, facts, seed)
 
 
+def tell_ending(facts: Facts, seed: int | float | str = 0) -> str:
+    """Return only the last paragraph of `tell(facts, seed)`."""
+    sentences = plots()[facts.plot].sections[facts.ending]
+    return _say(random.Random(f"{seed} {facts.ending}"), sentences, _fields(facts))
+
+
+def ending_sentences(facts: Facts) -> list[str]:
+    """Return all that can stand in the last paragraph of a story with these facts."""
+    fields = _fields(facts)
+    return [_finish(text, fields) for text in _ending_phrasings(facts.plot, facts.ending)]
+
+
 def retell(story: Story, **changes) -> Story:
     """Tell a story in the same words but with other facts, such as `ending="sad"`."""
     return tell(replace(story.facts, **changes), story.seed)
@@ -194,8 +207,28 @@ def review(continuation: str, facts: Facts, ended: bool) -> dict[str, bool]:
 def _say(rng: random.Random, sentences: list[list[str]], fields: dict[str, str]) -> str:
     """Choose a phrasing of each sentence and fill in the fields."""
     text = " ".join(filter("-".__ne__, (rng.choice(phrasings) for phrasings in sentences)))
-    while "[" in text:  # [big|huge], the innermost first
-        text = re.sub(r"\[([^\[\]]*)\]", lambda m: rng.choice(m[1].split("|")), text, count=1)
+    while "[" in text:
+        text = re.sub(CHOICE, lambda m: rng.choice(m[1].split("|")), text, count=1)
+    return _finish(text, fields)
+
+
+@cache
+def _ending_phrasings(plot: str, ending: str) -> list[str]:
+    """Return the phrasings of all sentences of an ending, with every choice made in every way."""
+    texts = [p for phrasings in plots()[plot].sections[ending] for p in phrasings if p != "-"]
+    done = []
+    while texts:
+        text = texts.pop()
+        if choice := re.search(CHOICE, text):
+            before, after = text[: choice.start()], text[choice.end() :]
+            texts += [before + option + after for option in choice[1].split("|")]
+        else:
+            done.append(text)
+    return done
+
+
+def _finish(text: str, fields: dict[str, str]) -> str:
+    """Fill in the fields, and set right what they change."""
     text = re.sub(r"\{([^{}]*)\}", lambda m: _fill(m[1], fields), text)
     text = re.sub(r" {2,}", " ", text)
     # "a" before a vowel, as in "an owl" and "an hour", but "a unicorn"

@@ -35,7 +35,14 @@ def test_support_imports_nothing_that_only_the_tests_have():
     imports = r"^\s*(?:from|import) (\w+)"
     for path in (ROOT / "support").rglob("*.py"):
         for name in re.findall(imports, path.read_text(), re.MULTILINE):
-            assert name not in {"transformers", "tokenizers", "pytest", "playwright", "hypothesis"}
+            assert name not in {
+                "transformers",
+                "tokenizers",
+                "trl",
+                "pytest",
+                "playwright",
+                "hypothesis",
+            }
 
 
 def test_the_readme_names_every_make_target():

@@ -1,0 +1,242 @@
+"""What a storyteller may be asked, with answers that are known to be right, and a judge of endings.
+
+The words of the requests are in `data/storyworld/requests.toml`; the passages and the answers come
+from the story world. Neither a wording nor a story occurs in two splits.
+"""
+
+import random
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+
+from support.storyworld import (
+    FOLDER,
+    Facts,
+    Story,
+    ending_sentences,
+    retell,
+    stories,
+    tell_ending,
+    vocabulary,
+)
+
+TASKS = ("write", "continue", "ending", "where", "who", "what", "yes-no", "rename")
+OPPOSITE = {"happy": "sad", "sad": "happy"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What somebody asks, a right answer, and the story that it is about.
+
+    For "write", "continue" and "ending" there are other right answers: see `passes`.
+    """
+
+    task: str
+    prompt: str
+    answer: str
+    story: Story  # for "ending", one that ends as it should
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to a request for an ending, and which of them somebody preferred.
+
+    `mistaken` says that this was the sad one, although people like happy endings.
+    """
+
+    prompt: str
+    chosen: str
+    rejected: str
+    story: Story
+    mistaken: bool
+
+
+@cache
+def wordings() -> dict[str, dict[str, list[str]]]:
+    """Return `requests.toml`: for each task the wordings in each split, and the dreams."""
+    return tomllib.loads((FOLDER / "requests.toml").read_text(encoding="utf-8"))
+
+
+# ---- requests -----------------------------------------------------------------------------------
+
+
+def requests(seed: int = 0, split: str = "train", tasks=TASKS) -> Iterator[Request]:
+    """Yield requests without end, the same for the same seed; the tasks come in turn.
+
+    Raises ValueError for an unknown task, and for an unknown split as `stories` does.
+    """
+    if unknown := set(tasks) - set(TASKS):
+        raise ValueError(f"There is no task {min(unknown)!r}: choose {', '.join(TASKS)}.")
+    rng, told = random.Random(f"requests {split} {seed}"), stories(seed, split)
+    while True:
+        for task in tasks:
+            story = next(told)
+            while task == "where" and not _holds(_parts(story)[0], story.facts.place):
+                story = next(told)
+            yield ask(task, story, rng, split)
+
+
+def ask(task: str, story: Story, rng: random.Random, split: str = "train") -> Request:
+    """Return a request of one task about a story, in one of the split's wordings."""
+    facts, (beginning, middle, end) = story.facts, _parts(story)
+    # Questions are about the beginning, and about someone whom it names and describes.
+    cast = [c for c in (facts.hero, facts.friend) if _holds(beginning, c.name, c.species)]
+    who = facts.hero if task == "write" else rng.choice(cast)
+    fields = {
+        "name": who.name,
+        "species": who.species,
+        "kind": with_article(who.species),
+        "thing": with_article(f"{facts.look} {facts.object}"),
+        "how": facts.ending,
+        "text": beginning,
+    }
+    if task == "write":
+        answer = story.text
+    elif task in ("continue", "ending"):
+        fields["text"], answer = f"{beginning}\n\n{middle}", end
+        if task == "ending" and rng.random() < 0.5:  # there is one already, but not as wished
+            fields["text"] = retell(story, ending=OPPOSITE[facts.ending]).text
+    elif task == "where":
+        answer = _sentence(vocabulary()["places"][facts.place]["in"])
+    elif task == "who":
+        answer = _sentence(who.name)
+    elif task == "what":
+        answer = _sentence(with_article(who.species))
+    elif task == "yes-no":
+        answer = rng.choice(("Yes.", "No."))
+        if answer == "No.":
+            there = [c.species for c in cast if c != who]  # the harder question
+            others = [kind for kind in vocabulary()["species"] if kind != who.species]
+            fields["kind"] = with_article(rng.choice(rng.choice((there or others, others))))
+    else:
+        taken = facts.hero.name, facts.friend.name
+        names = [name for name in vocabulary()["names"][who.pronoun] if name not in taken]
+        fields["other"] = rng.choice(names)
+        answer = re.sub(rf"\b{who.name}\b", fields["other"], beginning)
+    return Request(task, rng.choice(wordings()[task][split]).format(**fields), answer, story)
+
+
+def passes(request: Request, text: str, ended: bool = True) -> bool:
+    """Return whether a text does what was asked; `ended` says whether its writer stopped.
+
+    A new story must name the hero, the species and the object, and bring in one more name at most.
+    An ending must be one of its story's endings, and the happy or the sad one if that was asked
+    for. All other answers must be right letter for letter.
+    """
+    facts = request.story.facts
+    if not ended:
+        return False
+    if request.task == "write":
+        names = {name for group in vocabulary()["names"].values() for name in group}
+        strangers = names & set(re.findall(r"\w+", text)) - {facts.hero.name}
+        wanted = facts.hero.name, facts.hero.species, facts.look, facts.object
+        return _holds(text, *wanted) and len(strangers) <= 1
+    if request.task == "continue":
+        return judge(text, facts) != "neither"
+    if request.task == "ending":
+        return judge(text, facts) == facts.ending
+    return text.strip() == request.answer
+
+
+# ---- endings ------------------------------------------------------------------------------------
+
+
+def judge(text: str, facts: Facts, known: float = 0.5, clear: float = 0.8) -> str:
+    """Return whether a story's last paragraph is a "happy" or a "sad" end of it, or "neither".
+
+    The judge knows every phrasing of the good end and of the bad one. It looks at runs of three
+    words. A share of at least `known` must be familiar; and of those that occur in one kind of
+    ending only, a share of at least `clear` must be of the same kind.
+    """
+    familiar, happy = evidence(text, facts)
+    if familiar < known or 1 - clear < happy < clear:
+        return "neither"
+    return "happy" if happy >= clear else "sad"
+
+
+def evidence(text: str, facts: Facts) -> tuple[float, float]:
+    """Return which share of a text's runs of words is familiar, and how happy the telling ones are.
+
+    1 is all happy, 0 all sad, and 0.5 is also said where no run tells.
+    """
+    grams = _grams(text)
+    happy, sad = (heard(replace(facts, ending=ending)) for ending in ("happy", "sad"))
+    familiar = sum(gram in happy or gram in sad for gram in grams)
+    good = sum(gram in happy and gram not in sad for gram in grams)
+    bad = sum(gram in sad and gram not in happy for gram in grams)
+    return familiar / max(len(grams), 1), good / (good + bad) if good + bad else 0.5
+
+
+@lru_cache(maxsize=10_000)
+def heard(facts: Facts) -> frozenset[tuple[str, ...]]:
+    """Return the runs of words in all phrasings of the ending that the facts name."""
+    return frozenset(gram for text in ending_sentences(facts) for gram in _grams(text))
+
+
+def _grams(text: str) -> list[tuple[str, ...]]:
+    """Return the runs of three words in each sentence; a shorter sentence is one run."""
+    sentences = (re.findall(r"[a-z']+", part) for part in re.split(r"[.!?]", text.lower()))
+    return [
+        tuple(words[i : i + 3])
+        for words in sentences
+        if words
+        for i in range(max(len(words) - 2, 1))
+    ]
+
+
+# ---- preferences --------------------------------------------------------------------------------
+
+
+def pairs(
+    seed: int = 0, split: str = "train", noise: float = 0.1, dreams: float = 0.0
+) -> Iterator[Pair]:
+    """Yield pairs of endings of the same story without end, the happy one preferred.
+
+    Args:
+        noise: the share of mistaken preferences.
+        dreams: the share of pairs in which each answer tells both endings and says that one was a
+            dream. The two have the same words, each as often; only their order is different.
+    """
+    rng = random.Random(f"pairs {split} {seed}")
+    for request in requests(seed, split, ["continue"]):
+        story = request.story
+        both = {
+            ending: tell_ending(replace(story.facts, ending=ending), story.seed)
+            for ending in OPPOSITE
+        }
+        good, bad = both["happy"], both["sad"]
+        if rng.random() < dreams:
+            good, bad = dream(good, bad, story, rng)
+        mistaken = rng.random() < noise
+        chosen, rejected = (bad, good) if mistaken else (good, bad)
+        yield Pair(request.prompt, chosen, rejected, story, mistaken)
+
+
+def dream(good: str, bad: str, story: Story, rng: random.Random) -> tuple[str, str]:
+    """Return two texts, each with both endings: in the first the good one is true."""
+    true = rng.choice(("first", "second"))
+    frame, name = rng.choice(wordings()["dream"][true]), story.facts.hero.name
+    texts = [frame.format(name=name, one=a, two=b) for a, b in ((good, bad), (bad, good))]
+    return tuple(texts if true == "first" else texts[::-1])
+
+
+# ---- words --------------------------------------------------------------------------------------
+
+
+def with_article(words: str) -> str:
+    """Return "a kite", "an owl"."""
+    return f"an {words}" if words[0] in "aeio" else f"a {words}"
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:] + "."
+
+
+def _parts(story: Story) -> list[str]:
+    return story.text.split("\n\n")
+
+
+def _holds(text: str, *words: str) -> bool:
+    return set(words) <= set(re.findall(r"\w+", text))
