@@ -164,26 +164,33 @@ def plot_points(points, names: Sequence[str], groups: Sequence[str], title: str 
     return figure
 
 
-def plot_tokens(tokens: Sequence[str], title: str = "", width: int = 76) -> Figure:
-    """Draw each token in a box of its own, in lines of `width` characters; spaces show as ␣."""
+def plot_tokens(
+    tokens: Sequence[str], title: str = "", width: int = 76, marked: Sequence[bool] | None = None
+) -> Figure:
+    """Draw each token in a box of its own, in lines of `width` characters; spaces show as ␣.
+
+    If some tokens are to be marked, these are orange and bold, and all others white.
+    """
     lines, used = [[]], 0
-    for token in tokens:
+    for number, token in enumerate(tokens):
         shown = token.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
         if used + len(shown) + 0.6 > width and lines[-1]:
             lines.append([])
             used = 0
-        lines[-1].append((used, shown))
+        lines[-1].append((used, shown, marked is not None and marked[number]))
         used += len(shown) + 0.6
     figure, axes = new_axes(width=9, height=0.55 + 0.36 * len(lines), title=title)
     axes.set(xlim=(0, width), ylim=(len(lines) - 0.4, -0.6))
     axes.axis("off")
     for y, line in enumerate(lines):
-        for i, (x, shown) in enumerate(line):
+        for i, (x, shown, strong) in enumerate(line):
             box = (x + 0.1, y - 0.36), len(shown) + 0.4, 0.72
-            color = PALE[(i + 2 * y) % len(PALE)]
+            color = PALE[(i + 2 * y) % len(PALE)] if marked is None else "white"
+            color, weight = (PALE[1], "bold") if strong else (color, "normal")
             axes.add_patch(FancyBboxPatch(*box, boxstyle="square,pad=0", fc=color, ec="#9aa4ae"))
             center = x + 0.3 + len(shown) / 2
-            axes.text(center, y, shown, family="monospace", ha="center", va="center", fontsize=11)
+            font = {"family": "monospace", "weight": weight, "fontsize": 11}
+            axes.text(center, y, shown, ha="center", va="center", **font)
     return figure
 
 
@@ -206,4 +213,29 @@ def plot_windows(tokens: Sequence[str], context_length: int, stride: int) -> Fig
     axes.text(
         0, len(starts) - 0.02, "blue, upper row: input     orange, lower row: target", color=GRAY
     )
+    return figure
+
+
+def plot_panels(
+    panels: Mapping[str, Sequence[float] | Mapping[str, Sequence[float]]], x: str
+) -> Figure:
+    """Draw named numbers, or several rows of them with a name each, in panels above one another.
+
+    All share the x axis, which counts from 1. The first panel has the legend.
+    """
+    figure = Figure(figsize=(7.5, 1.35 * len(panels) + 0.5), dpi=110, facecolor="white")
+    figure.set_layout_engine("constrained")
+    for axes, (name, rows) in zip(
+        figure.subplots(len(panels), sharex=True), panels.items(), strict=True
+    ):
+        rows = rows if isinstance(rows, Mapping) else {"": rows}
+        for i, (label, ys) in enumerate(rows.items()):
+            style = {"color": COLORS[i % len(COLORS)], "linestyle": LINES[i % len(LINES)]}
+            axes.plot(range(1, len(ys) + 1), ys, label=label, linewidth=2, **style)
+        axes.set_ylabel(name)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="#e5e7eb", linewidth=0.8)
+        if len(rows) > 1 and axes is figure.axes[0]:
+            axes.legend(frameon=False, ncols=len(rows))
+    axes.set_xlabel(x)
     return figure

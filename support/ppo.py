@@ -166,17 +166,25 @@ def roll_out(policy, reference, reward_model, value_model, prompts, stop_id, con
     )
 
 
-def ppo_step(policy, value_model, optimizer, rolled: Rollouts, advantages, returns, rows, config):
-    """Let policy and value model learn from some rows; return the policy's ratios on them, (N,)."""
-    ids, mask = rolled.ids[rows], rolled.mask[rows]
+def weigh(rolled: Rollouts, kl_coef: float, config: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Return each token's whitened advantage, and what the value model should have said of it."""
+    answer = rolled.mask[:, 1:]
+    rewards = penalized(rolled.scores, rolled.logprobs, rolled.reference, answer, kl_coef)
+    advantages = gae(rewards, rolled.values, answer, config.gamma, config.lam)
+    return whiten(advantages, answer), advantages + rolled.values
+
+
+def ppo_step(policy, value_model, optimizer, rolled: Rollouts, weighed, rows, config) -> Tensor:
+    """Let policy and value model learn from some rows; return the ratios of their tokens, (N,)."""
+    ids, mask, old = rolled.ids[rows], rolled.mask[rows], rolled.logprobs[rows]
+    advantages, returns = (tensor[rows] for tensor in weighed)
     answer = mask[:, 1:]
-    logprobs, old = token_logprobs(policy, ids, mask), rolled.logprobs[rows]
-    values = value_model(ids)[:, :-1]
-    loss = policy_loss(logprobs, old, advantages[rows], answer, config.clip)
-    surprise = value_loss(values, rolled.values[rows], returns[rows], answer, config.value_clip)
+    logprobs, values = token_logprobs(policy, ids, mask), value_model(ids)[:, :-1]
+    loss = policy_loss(logprobs, old, advantages, answer, config.clip)
+    loss = loss + value_loss(values, rolled.values[rows], returns, answer, config.value_clip)
     optimizer.zero_grad()
-    (loss + surprise).backward()
-    for group in optimizer.param_groups:
+    loss.backward()
+    for group in optimizer.param_groups:  # the two models share no weights
         nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()
     return (logprobs - old).detach().exp()[answer]
@@ -201,42 +209,46 @@ def ppo(
         stop_id: ends an answer.
         on_step: gets each row of the log.
     """
-    groups = [
-        {"params": [p for p in model.parameters() if p.requires_grad], "lr": lr}
-        for model, lr in ((policy, config.lr), (value_model, config.value_lr))
-    ]
+    rates = (policy, config.lr), (value_model, config.value_lr)
+    groups = [{"params": learned(model), "lr": lr} for model, lr in rates]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     draws = torch.Generator().manual_seed(config.seed)
-    kl_coef, log = config.kl_coef, []
-    models = policy, reference, reward_model, value_model
+    models, kl_coef, log = (policy, reference, reward_model, value_model), config.kl_coef, []
     with evaluating(policy), evaluating(value_model):  # dropout would change the ratios
         for step in progress(range(config.steps), "PPO"):
             rolled = roll_out(*models, prompts(step), stop_id, config, draws)
-            answer = rolled.mask[:, 1:]
-            kl = ((rolled.logprobs - rolled.reference) * answer).sum(dim=1).mean().item()
-            rewards = penalized(rolled.scores, rolled.logprobs, rolled.reference, answer, kl_coef)
-            advantages = gae(rewards, rolled.values, answer, config.gamma, config.lam)
-            returns = advantages + rolled.values
-            advantages = whiten(advantages, answer)
-            ratios = []
+            weighed, ratios = weigh(rolled, kl_coef, config), []
             for _ in range(config.epochs):
-                for rows in torch.randperm(len(answer), generator=draws).split(config.minibatch):
-                    state = policy, value_model, optimizer, rolled, advantages, returns
+                for rows in torch.randperm(len(rolled.ids), generator=draws).split(
+                    config.minibatch
+                ):
+                    state = policy, value_model, optimizer, rolled, weighed
                     ratios.append(ppo_step(*state, rows, config))
-            row = {
-                "step": step + 1,
-                "score": rolled.scores.mean().item(),
-                "kl": kl,
-                "kl_coef": kl_coef,
-                "entropy": -masked_mean(rolled.logprobs, answer).item(),  # nats a token
-                "length": answer.sum(dim=1).float().mean().item(),
-                "ended": rolled.ended.float().mean().item(),
-                "clipped": ((torch.cat(ratios) - 1).abs() > config.clip).float().mean().item(),
-                "first_ratio_error": (ratios[0] - 1).abs().max().item(),
-            }
-            log.append(row)
+            log.append({"step": step + 1, "kl_coef": kl_coef} | summary(rolled, ratios, config))
             if on_step:
-                on_step(row)
+                on_step(log[-1])
             if config.target_kl:
-                kl_coef = adapted(kl_coef, kl, config.target_kl, len(answer), config.horizon)
+                n = len(rolled.ids)
+                kl_coef = adapted(kl_coef, log[-1]["kl"], config.target_kl, n, config.horizon)
     return pd.DataFrame(log)
+
+
+def learned(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that are not frozen."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def summary(rolled: Rollouts, ratios: list[Tensor], config: PPOConfig) -> dict[str, float]:
+    """Return what the log says of a step: means over answers, the entropy over tokens."""
+    answer = rolled.mask[:, 1:]
+    gone = (rolled.logprobs - rolled.reference) * answer
+    found = {
+        "score": rolled.scores.mean(),
+        "kl": gone.sum(dim=1).mean(),  # nats an answer
+        "entropy": -masked_mean(rolled.logprobs, answer),  # nats a token
+        "length": answer.sum(dim=1).float().mean(),  # tokens
+        "ended": rolled.ended.float().mean(),
+        "clipped": ((torch.cat(ratios) - 1).abs() > config.clip).float().mean(),
+        "first_ratio_error": (ratios[0] - 1).abs().max(),
+    }
+    return {name: value.item() for name, value in found.items()}

@@ -62,6 +62,36 @@ def explore(draw: Callable[..., Figure], alt: str | Callable[..., str], **contro
     display(bundle, metadata={"image/png": {"alt": describe()}}, raw=True)
 
 
+def chat_box(answer: Callable[[list[dict]], Iterable[str]], first: str) -> list[dict]:
+    """Show a box to talk to a model, after a first exchange; return the conversation, which grows.
+
+    Args:
+        answer: the conversation so far → the pieces of the next answer, as they come.
+        first: what is asked first; where there is no kernel, the page shows this exchange.
+    """
+    box, talk = ipywidgets.Text(value=first, description="you"), ipywidgets.HTML()
+    button, messages = ipywidgets.Button(description="Send"), []
+
+    def say() -> str:
+        return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+    def send(_=None) -> None:
+        messages.append({"role": "user", "content": box.value})
+        pieces = answer([*messages])
+        messages.append({"role": "assistant", "content": ""})
+        for piece in pieces:
+            messages[-1]["content"] += piece
+            talk.value = escape(say()).replace("\n", "<br>")
+        box.value = ""
+
+    send()
+    button.on_click(send)
+    panel = ipywidgets.VBox([talk, box, button])
+    view = {"model_id": panel.model_id, "version_major": 2, "version_minor": 0}
+    display({"application/vnd.jupyter.widget-view+json": view, "text/plain": say()}, raw=True)
+    return messages
+
+
 def progress(items: Iterable, description: str = "", **options) -> tqdm:
     """Return `items` in a progress bar, silent where nobody watches (COURSE_QUIET is set)."""
     quiet = bool(os.environ.get("COURSE_QUIET"))

@@ -1,6 +1,7 @@
 """The pictures show the numbers that they were given."""
 
 import numpy as np
+from matplotlib.colors import to_hex
 from PIL import Image
 
 from support import plots
@@ -54,6 +55,20 @@ def test_tokens_are_all_drawn_with_their_spaces():
     axes = plots.plot_tokens(["To", " be", "\n", "x" * 70, "y" * 20]).axes[0]
     assert [text.get_text() for text in axes.texts] == ["To", "␣be", "⏎", "x" * 70, "y" * 20]
     assert len({text.get_position()[1] for text in axes.texts}) == 3
+
+
+def test_marked_tokens_are_bold_and_orange_and_the_others_white():
+    axes = plots.plot_tokens(["a", " b", "c"], marked=[False, True, True]).axes[0]
+    assert [text.get_weight() for text in axes.texts] == ["normal", "bold", "bold"]
+    colors = [to_hex(box.get_facecolor()).upper() for box in axes.patches]
+    assert colors == ["#FFFFFF", plots.PALE[1], plots.PALE[1]]
+
+
+def test_panels_share_their_x_axis_and_carry_their_data():
+    axes = plots.plot_panels({"a": [1, 2, 3], "b": {"p": [4, 5], "q": [6]}}, "step").axes
+    assert [list(line.get_ydata()) for ax in axes for line in ax.lines] == [[1, 2, 3], [4, 5], [6]]
+    assert [ax.get_ylabel() for ax in axes] == ["a", "b"] and axes[1].get_xlabel() == "step"
+    assert list(axes[0].lines[0].get_xdata()) == [1, 2, 3]
 
 
 def test_windows_show_the_target_one_to_the_right():
