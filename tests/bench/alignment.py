@@ -1,9 +1,9 @@
 """Chapter 7 at length: SFT, reward models, best-of-n, PPO and DPO, with three seeds each.
 
 Run `python tests/bench/alignment.py` (some hours), or name parts: sft, reward, best, ppo, dpo. What
-is in the tables already is not made again. Writes `data/models/story-sft`, the SFT model of seed 0,
-and the tables in `data/models`: `alignment.csv`, `reward.csv`, `ppo_leash.csv`, `ppo_free.csv`, and
-what was written, `alignment.json`.
+is in the tables already is not made again. All that comes after SFT begins with its model of seed
+0, `data/models/story-sft`. The tables, in `data/models`: `alignment.csv`, `reward.csv`,
+`ppo_leash.csv` and `ppo_free.csv`; and what was written, `alignment.json`.
 """
 
 import json
@@ -127,8 +127,14 @@ def remember(name: str, new: dict) -> None:
 
 def whole(policy, seed: int) -> tuple[dict, dict]:
     """Return all that is measured of a policy."""
-    numbers, written = of_endings(write(policy, seed), policy, sft(seed), reward_model(seed))
+    numbers, written = of_endings(write(policy, seed), policy, sft(), reward_model(seed))
     return numbers | {"follows": follows(policy), "story_loss": story_loss(policy)}, written
+
+
+def of_sft(seed: int) -> tuple[dict, dict]:
+    """Return what each SFT run can do, and what the endings of the first are like."""
+    numbers, written = of_endings(write(sft(), seed), sft(), sft(), reward_model(seed))
+    return numbers | {"follows": follows(sft(seed)), "story_loss": story_loss(sft(seed))}, written
 
 
 # ---- the methods --------------------------------------------------------------------------------
@@ -152,7 +158,7 @@ def rows_of(found, n: int):
     return [row for row in rows if len(row.ids) <= CONTEXT]
 
 
-def sft(seed: int):
+def sft(seed: int = 0):
     def make():
         model, _ = load("story")
         rows = rows_of(requests(seed), SFT["examples"])
@@ -182,7 +188,7 @@ def some_pairs(n: int, seed: int, split: str = "train", **options):
 
 def reward_model(seed: int) -> RewardModel:
     def make():
-        model = RewardModel(sft(seed))
+        model = RewardModel(sft())
         data = some_pairs(REWARD["pairs"], seed, dreams=0.5)
         batches = Batches(data, 8, pair_batch, pair_length, seed)
         config = TrainConfig(steps=len(data) // 8, seed=seed, **REWARD["config"])
@@ -194,7 +200,7 @@ def reward_model(seed: int) -> RewardModel:
 
 def by_dpo(seed: int, beta: float):
     def make():
-        model = sft(seed)
+        model = sft()
         items = with_reference(model, some_pairs(DPO["pairs"], seed))
         batches = Batches(items, 8, preference_batch, lambda item: pair_length(item[0]), seed)
         config = TrainConfig(steps=len(items) // 8, seed=seed, **DPO["config"])
@@ -206,12 +212,14 @@ def by_dpo(seed: int, beta: float):
 
 def by_ppo(seed: int, kl_coef: float):
     def make():
-        policy, judge_model, values = sft(seed), reward_model(seed), reward_model(seed)
+        policy, judge_model, values = sft(), reward_model(seed), reward_model(seed)
+        values.body.requires_grad_(False)  # of the value model only the head learns
+        values.body.head.requires_grad_(True)
         asked = islice(requests(seed, "train", ["continue"]), PPO["steps"] * PPO["batch_size"])
         prompts = [prompt_ids(TOKENIZER, request.prompt) for request in asked]
         config = PPOConfig(kl_coef=kl_coef, seed=seed, **PPO)
         batches = Batches(prompts, config.batch_size, list, len, seed)
-        log = ppo(policy, sft(seed), judge_model, values, batches, STOP_ID, config, print)
+        log = ppo(policy, sft(), judge_model, values, batches, STOP_ID, config, print)
         log.to_csv(RUNS / f"ppo-{kl_coef}-{seed}.csv", index=False)
         return policy
 
@@ -281,14 +289,14 @@ def part_reward() -> None:
 
 def part_best() -> None:
     for seed in SEEDS:
-        record("sft", 0, seed, lambda seed=seed: whole(sft(seed), seed))
+        record("sft", 0, seed, lambda seed=seed: of_sft(seed))
         done = pd.read_csv(MODELS / "alignment.csv")
         if len(done[(done.method == "best") & (done.seed == seed)]) == len(BEST_OF):
             continue
-        model, judge_model = sft(seed), reward_model(seed)
+        model, judge_model = sft(), reward_model(seed)
         said = [write(model, 1000 * seed + i) for i in range(max(BEST_OF))]
         scores = np.array([scores_of(judge_model, some) for some in said])  # (n, prompts)
-        plain = done[(done.method == "sft") & (done.seed == seed)].iloc[0]
+        plain = done[(done.method == "sft") & (done.seed == 0)].iloc[0]
         for n in BEST_OF:
             best = [said[i][j] for j, i in enumerate(scores[:n].argmax(axis=0))]
 
