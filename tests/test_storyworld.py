@@ -9,6 +9,7 @@ import pytest
 
 from support.storyworld import (
     draw_facts,
+    ending_sentences,
     openings,
     plots,
     retell,
@@ -16,6 +17,7 @@ from support.storyworld import (
     slips,
     stories,
     tell,
+    tell_ending,
     vocabulary,
 )
 
@@ -172,3 +174,16 @@ def test_the_world_is_large_and_its_endings_are_balanced():
     }
     endings = [story.facts.ending for story in some(2000)]
     assert endings.count("happy") / 2000 == pytest.approx(0.5, abs=0.05)
+
+
+def test_an_ending_can_be_told_alone_and_all_its_sentences_are_known():
+    for story in some(40, "test"):
+        for ending in ("happy", "sad"):
+            other = retell(story, ending=ending)
+            end = other.text.split("\n\n")[2]
+            assert tell_ending(other.facts, story.seed) == end
+            rest = end
+            for sentence in sorted(ending_sentences(other.facts), key=len, reverse=True):
+                rest = rest.replace(sentence, "", 1)
+            assert rest.strip() == ""
+    assert not any(slips(text + "\n\n") for text in ending_sentences(story.facts))
