@@ -32,12 +32,9 @@ REQUESTS = some(800)
 
 def passage_of(story):
     """Return the first sentences, by another way than the module's."""
-    text, end = story.text.split("\n\n")[0] + " ", 0
-    for number in range(1, 9):
-        end = re.compile(r"[.!?] ").search(text, end).end()
-        if number >= 2 and text[:end].count('"') % 2 == 0:
-            return text[: end - 1]
-    return None
+    text = story.text.split("\n\n")[0]
+    ends = [m.start() + 1 for m in re.finditer(r"[.!?] ", text)] + [len(text)]
+    return next(text[:end] for end in ends[1:] if text[:end].count('"') % 2 == 0)
 
 
 def of(task):
