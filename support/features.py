@@ -70,7 +70,7 @@ def top(model: GPTForClassification, n_blocks: int) -> GPTForClassification:
 
 @torch.no_grad()
 def hidden_states(model: nn.Module, rows: Sequence) -> list[Tensor]:
-    """Return what a `bottom` gives for each row: (T, C) for T ids."""
+    """Return what a `bottom` gives for each row: (T, C) for T ids, or for states (T, C)."""
     states, device = [None] * len(rows), next(model.parameters()).device
     with evaluating(model):
         for batch in progress(list(by_length(rows)), "hidden states"):
@@ -80,12 +80,13 @@ def hidden_states(model: nn.Module, rows: Sequence) -> list[Tensor]:
     return states
 
 
-def fingerprint(model: nn.Module, rows: Sequence[Sequence[int]]) -> str:
-    """Return a hash of all that the hidden states depend on: the model, its weights, the ids."""
-    digest = hashlib.sha256(f"{type(model).__name__} {model.config} {list(rows)}".encode())
-    for name, weight in model.state_dict().items():
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy())
+def fingerprint(model: nn.Module, rows: Sequence) -> str:
+    """Return a hash of all that the hidden states depend on: the model, its weights, the rows."""
+    digest = hashlib.sha256(f"{type(model).__name__} {model.config}".encode())
+    named = [*model.state_dict().items(), *(("row", torch.as_tensor(row)) for row in rows)]
+    for name, tensor in named:
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

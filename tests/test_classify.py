@@ -284,6 +284,12 @@ def test_another_model_other_rows_or_fewer_blocks_are_computed_anew(kind, tmp_pa
         model.backbone.head.weight.zero_()  # above the cut: the states stay as they are
     cached_states(bottom(model, 2), ROWS, tmp_path)
     assert len(counted) == 5
+    states = cached_states(bottom(model, 1), ROWS, tmp_path)  # and from states, not from ids
+    cached_states(bottom(top(model, 1), 1), states, tmp_path)
+    cached_states(bottom(top(model, 1), 1), states, tmp_path)
+    states[3][5, 7] += 0.1
+    cached_states(bottom(top(model, 1), 1), states, tmp_path)
+    assert len(counted) == 7
 
 
 def truncate(path):
