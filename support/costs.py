@@ -1,6 +1,6 @@
 """What one step of training costs: bytes that lie in memory, operations, and seconds.
 
-Counted and not guessed, on any device: the bytes from the tensors themselves, the operations from
+Counted and not guessed: the bytes from the tensors themselves, the operations from
 every matrix product that PyTorch computes.
 """
 
@@ -76,18 +76,19 @@ def step_seconds(
 ) -> dict[str, float]:
     """Return the seconds of forward, backward and AdamW's step, each the least of `repeats`.
 
-    The model stays as it is.
+    They are those of the processor, which other programs do not change; of several threads they
+    are the sum. The model stays as it is.
     """
     optimizer = make_optimizer(model, TrainConfig(steps=1, batch_size=1, lr=0.0))
     times = {"forward": [], "backward": [], "AdamW": []}
     for _ in range(repeats + 1):  # the first one also makes AdamW's memory
-        start = time.perf_counter()
+        start = time.process_time()
         total, _ = loss(model, *batch)
-        forward = time.perf_counter()
+        forward = time.process_time()
         total.backward()
-        backward = time.perf_counter()
+        backward = time.process_time()
         optimizer.step()
-        spans = forward - start, backward - forward, time.perf_counter() - backward
+        spans = forward - start, backward - forward, time.process_time() - backward
         for name, seconds in zip(times, spans, strict=True):
             times[name].append(seconds)
         optimizer.zero_grad()

@@ -15,14 +15,13 @@ KNOWN = [
     "{when} the {who} {verb} the {whom}.",
     "{when} the {whom} was {verb} by the {who}.",
     "the {who} with the {thing} {verb} the {whom}.",
-    "the {whom} {where} was {verb} by the {who}.",
     "it was the {who} that {verb} the {whom}.",
     "it was the {whom} that the {who} {verb}.",
 ]
 NEW = [
-    "the {who} {where} {verb} the {whom}.",
     "the {whom} with the {thing} was {verb} by the {who}.",
-    "it was the {who} {where} that {verb} the {whom}.",
+    "it was the {who} with the {thing} that {verb} the {whom}.",
+    "{when} it was the {whom} that was {verb} by the {who}.",
 ]
 SPLITS = {"train": (True, KNOWN), "test": (False, KNOWN), "new wordings": (False, NEW)}
 
@@ -44,7 +43,6 @@ def who_did_what(n: int, seed: int = 0, split: str = "train") -> tuple[list[str]
         thing, about = rng.choice(list(world["objects"].items()))
         fillers = {
             "verb": rng.choice(VERBS.split()),
-            "where": rng.choice(list(world["places"].values()))["in"],
             "thing": f"{about['looks'].split()[0]} {thing}",
             "when": f"one {rng.choice(world['weather'])} {rng.choice(['morning', 'evening'])}",
         }

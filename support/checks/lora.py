@@ -118,12 +118,7 @@ def _merged(W, A, B, alpha):
     return W + alpha / A.shape[1] * (A @ B).T
 
 
-def _not_turned(W, A, B, alpha):
-    update = alpha / A.shape[1] * (A @ B)
-    return W + (update if update.shape == W.shape else update.T)
-
-
-_SQUARE = (_random(4, 4), _random(4, 2, seed=1), _random(2, 4, seed=2), 6.0)
+# All weights are square, so that an answer that forgets to turn A B around gets its hint.
 merged = Exercise(
     "A.3",
     _merged,
@@ -134,13 +129,12 @@ merged = Exercise(
             torch.tensor([[10.0, 100.0]]),
             2.0,
         ),
-        _SQUARE,
-        (_random(5, 3), _random(3, 2, seed=1), _random(2, 5, seed=2), 8.0),
-        (_random(3, 6), _random(6, 3, seed=1), _random(3, 3, seed=2), 1.0),
+        (_random(4, 4), _random(4, 2, seed=1), _random(2, 4, seed=2), 6.0),
+        (_random(6, 6), _random(6, 3, seed=1), _random(3, 6, seed=2), 1.0),
     ],
     [
         (
-            _not_turned,
+            lambda W, A, B, alpha: W + alpha / A.shape[1] * (A @ B),
             "A B is (in, out), but the weight of a linear layer is stored as (out, in).",
         ),
         (
@@ -179,9 +173,9 @@ gradients = Exercise(
     "A.4",
     _gradients,
     [
+        (torch.eye(2), torch.ones(2, 1), torch.tensor([[3.0, 5.0]]), 0.5, torch.eye(2)),
         _X,
         (_X[0], _X[1], torch.zeros(2, 3), 2.0, _X[4]),
-        (torch.eye(2), torch.ones(2, 1), torch.tensor([[3.0, 5.0]]), 0.5, torch.eye(2)),
     ],
     [
         (
@@ -384,6 +378,15 @@ mixed = Exercise(
     "A.7",
     _mixed,
     [
+        (
+            torch.tensor([[[1.0, 2.0]], [[1.0, 2.0]], [[3.0, 0.0]]]),
+            torch.eye(2),
+            {
+                "ann": (torch.ones(2, 1), torch.tensor([[10.0, 0.0]]), 2.0),
+                "bob": (torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0, 100.0]]), 1.0),
+            },
+            ["ann", None, "bob"],
+        ),
         (*_BATCH, _PEOPLE, ["ann", "bob", None, "ann"]),
         (*_BATCH, _PEOPLE, ["cy", "cy", "bob", "ann"]),
         (*_BATCH, _PEOPLE, [None] * 4),

@@ -1,8 +1,7 @@
 """LoRA beside full fine-tuning, the last block and the head alone, on two tasks, with three seeds.
 
-Run `python tests/bench/lora.py`; about ten minutes on one quiet core. Writes
-`data/models/lora.csv`, a row for each run; appendix A shows it. Each method has the learning rate,
-of those tried, that is best on validation rows with the first seed.
+Run `OMP_NUM_THREADS=1 python tests/bench/lora.py`; five minutes of one quiet core. Writes
+`data/models/lora.csv`, a row for each run, and skips the runs that it has; appendix A shows it.
 """
 
 import copy
@@ -25,22 +24,15 @@ from support.tasks import requests
 from support.train import TrainConfig, evaluate, set_seed
 
 SEEDS = (0, 1, 2)
-TARGETS = {"LoRA, attention": ["attention.*"], "LoRA": ["attention.*", "ff.*"]}
-RATES = {
-    "who": {
-        "head": (1e-2, 3e-2),
-        "last block": (1e-3, 3e-3),
-        "LoRA, attention": (5e-3, 1e-2),
-        "LoRA": (3e-3, 5e-3),
-        "full": (1e-3, 2e-3),
-    },
-    "continue": {"last block": (1e-3, 3e-3), "LoRA": (5e-3, 1e-2), "full": (5e-4, 1e-3)},
+TARGETS = ["attention.*", "ff.*"]
+RATES = {  # found beforehand on validation rows, with the first seed
+    "who": {"LoRA": 5e-3, "full": 1e-3, "last block": 3e-3, "head": 3e-2},
+    "continue": {"LoRA": 1e-2, "full": 1e-3, "last block": 3e-3},
 }
-RANKS = (1, 2, 4, 16)  # of LoRA on the first task, besides 8
+RANKS = (1, 32)  # of LoRA on the first task, besides 8
 STORY, TOKENIZER = load("story")
 SENTENCES = {
     "train": who_did_what(2400, 1),
-    "validation": who_did_what(200, 3),
     "test": who_did_what(400, 2, "test"),
     "new wordings": who_did_what(400, 2, "new wordings"),
 }
@@ -48,8 +40,8 @@ SENTENCES = {
 
 def adapt(model, method: str, rank: int):
     """Let learn what the method says; return the model."""
-    if method.startswith("LoRA"):
-        return add_adapter(model, TARGETS[method], rank, 2 * rank)
+    if method == "LoRA":
+        return add_adapter(model, TARGETS, rank, 2 * rank)
     if method == "last block":
         model.requires_grad_(False)
         for part in (model.blocks[-1], model.ln):
@@ -62,10 +54,10 @@ def learn(model, data, config, loss) -> dict:
     set_seed(config.seed)
     optimizer = make_optimizer(model, config)
     model.train()
-    start = time.perf_counter()
+    start = time.process_time()  # others who use the machine do not count
     for step in range(config.steps):
         train_step(model, optimizer, data(step), step, config, loss)
-    seconds = (time.perf_counter() - start) / config.steps
+    seconds = (time.process_time() - start) / config.steps
     model.eval()
     return {
         "learning": count_learning(model),
@@ -75,7 +67,7 @@ def learn(model, data, config, loss) -> dict:
 
 
 def who(method: str, lr: float, seed: int, rank: int = 8) -> dict:
-    """Return the accuracies after 60 steps of 32 sentences."""
+    """Return the accuracies after 60 steps of 24 sentences."""
     torch.manual_seed(seed)
     model = GPTForClassification.from_pretrained(STORY, len(ANIMALS))
     if method in ("head", "last block"):
@@ -84,67 +76,50 @@ def who(method: str, lr: float, seed: int, rank: int = 8) -> dict:
         adapt(model, method, rank)
     model.backbone.head.requires_grad_(True)
     rows = {part: encode(texts, TOKENIZER) for part, (texts, _) in SENTENCES.items()}
-    batches = Batches(rows["train"], SENTENCES["train"][1], 32, seed)
-    config = TrainConfig(60, 32, lr, warmup=5, weight_decay=0.01, seed=seed)
+    batches = Batches(rows["train"], SENTENCES["train"][1], 24, seed)
+    config = TrainConfig(60, 24, lr, warmup=5, weight_decay=0.01, seed=seed)
     found = learn(model, batches, config, class_loss)
-    for part in ("validation", "test", "new wordings"):
+    for part in ("test", "new wordings"):
         right = predict(model, rows[part]).argmax(dim=1) == torch.tensor(SENTENCES[part][1])
         found[part] = right.float().mean().item()
     return found
 
 
 def tell(method: str, lr: float, seed: int, rank: int = 8) -> dict:
-    """Return how well a story is continued when asked, after 20 steps of 4 requests."""
+    """Return how well a story is continued when asked, after 16 steps of 4 requests."""
     torch.manual_seed(seed)
     model = adapt(copy.deepcopy(STORY), method, rank)
     made = {
-        split: list(islice(requests(1, name, ["continue"]), n))
-        for split, name, n in (
-            ("train", "train", 100),
-            ("validation", "validation", 24),
-            ("test", "test", 24),
-        )
+        split: list(islice(requests(1, split, ["continue"]), n))
+        for split, n in (("train", 80), ("test", 16))
     }
     rows = {
         split: [to_row(TOKENIZER, r.prompt, r.answer) for r in found]
         for split, found in made.items()
     }
     fits = STORY.config.context_length
-    batches = RowBatches([row for row in rows["train"] if len(row.ids) <= fits], 4, seed=seed)
-    config = TrainConfig(20, 4, lr, warmup=3, weight_decay=0.01, seed=seed)
-    found = learn(model, batches, config, token_loss)
-    for split in ("validation", "test"):
-        fitting = [row for row in rows[split] if len(row.ids) <= fits]
-        parts = [with_targets(fitting[i : i + 4]) for i in range(0, len(fitting), 4)]
-        found[f"{split} loss"] = evaluate(model, parts)
+    rows = {split: [row for row in found if len(row.ids) <= fits] for split, found in rows.items()}
+    config = TrainConfig(16, 4, lr, warmup=3, weight_decay=0.01, seed=seed)
+    found = learn(model, RowBatches(rows["train"], 4, seed=seed), config, token_loss)
+    parts = [with_targets(rows["test"][i : i + 4]) for i in range(0, len(rows["test"]), 4)]
     shares, _ = follow(model, TOKENIZER, made["test"], max_new_tokens=120, temperature=0)
-    return found | {"test": shares["mean"]}
+    return found | {"test loss": evaluate(model, parts), "test": shares["mean"]}
 
 
 def main() -> None:
-    runs = []
-
-    def run(task, function, method, lr, seed, rank=8):
+    path = DATA / "models" / "lora.csv"
+    runs = pd.read_csv(path).to_dict("records") if path.exists() else []
+    planned = [("who", method, 8, seed) for method in RATES["who"] for seed in SEEDS]
+    planned += [("who", "LoRA", rank, seed) for rank in RANKS for seed in SEEDS]
+    planned += [("continue", method, 8, seed) for method in RATES["continue"] for seed in SEEDS]
+    for task, method, rank, seed in planned:
+        lr = RATES[task][method]
         row = {"task": task, "method": method, "rank": rank, "lr": lr, "seed": seed}
-        runs.append(row | function(method, lr, seed, rank))
+        if any(row.items() <= done.items() for done in runs):
+            continue  # an earlier call came so far
+        runs.append(row | {"who": who, "continue": tell}[task](method, lr, seed, rank))
         print(runs[-1], flush=True)
-        pd.DataFrame(runs).to_csv(DATA / "models" / "lora.csv", index=False, float_format="%.4f")
-        return runs[-1]
-
-    for task, function, judge in (
-        ("who", who, lambda row: row["validation"]),
-        ("continue", tell, lambda row: -row["validation loss"]),
-    ):
-        best = {}
-        for method, rates in RATES[task].items():
-            tried = [run(task, function, method, lr, SEEDS[0]) for lr in rates]
-            best[method] = max(tried, key=judge)["lr"]
-            for seed in SEEDS[1:]:
-                run(task, function, method, best[method], seed)
-        if task == "who":
-            for rank in RANKS:
-                for seed in SEEDS:
-                    run(task, function, "LoRA", best["LoRA"], seed, rank)
+        pd.DataFrame(runs).to_csv(path, index=False, float_format="%.4f")
 
 
 if __name__ == "__main__":
