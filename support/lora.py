@@ -183,15 +183,15 @@ def use_adapter(model: nn.Module, name: str | None) -> None:
             adapter.requires_grad_(other == name)
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge_adapter(model: nn.Module) -> nn.Module:
     """Add the active adapter to the weights, where it costs no time; return the model."""
     for layer in adapted(model).values():
         layer.merge()
     return model
 
 
-def unmerge(model: nn.Module) -> nn.Module:
-    """Undo `merge`, bit for bit; return the model."""
+def unmerge_adapter(model: nn.Module) -> nn.Module:
+    """Undo `merge_adapter`, bit for bit; return the model."""
     for layer in adapted(model).values():
         layer.unmerge()
     return model
@@ -200,8 +200,8 @@ def unmerge(model: nn.Module) -> nn.Module:
 def unwrap(model: nn.Module) -> nn.Module:
     """Take the adapters off, and return the model, which may learn again as a whole.
 
-    The layers are plain ones with the weights that they have now: call `merge` first to keep an
-    adapter's update, as before an export.
+    The layers are plain ones with the weights that they have now: call `merge_adapter` first to
+    keep an adapter's update, as before an export.
     """
     for path, layer in adapted(model).items():
         model.set_submodule(path, layer.linear)

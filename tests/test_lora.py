@@ -25,8 +25,8 @@ from support.lora import (
     count_learning,
     linear_layers,
     low_rank,
-    merge,
-    unmerge,
+    merge_adapter,
+    unmerge_adapter,
     unwrap,
     use_adapter,
 )
@@ -194,12 +194,12 @@ def test_merged_logits_are_equal_and_unmerging_is_exact(kind):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     stirred(add_adapter(model, "*"))
     logits = model(IDS)
-    same(merge(model)(IDS), logits)
-    assert torch.equal(merge(model)(IDS), model(IDS))  # twice is once
+    same(merge_adapter(model)(IDS), logits)
+    assert torch.equal(merge_adapter(model)(IDS), model(IDS))  # twice is once
     for name, layer in adapted(model).items():
         assert not torch.equal(layer.linear.weight, before[f"{name}.weight"])
         assert torch.equal(layer.weight, before[f"{name}.weight"])
-    assert torch.equal(unmerge(model)(IDS), logits)
+    assert torch.equal(unmerge_adapter(model)(IDS), logits)
     for name, layer in adapted(model).items():
         assert torch.equal(layer.linear.weight, before[f"{name}.weight"])
 
@@ -207,7 +207,7 @@ def test_merged_logits_are_equal_and_unmerging_is_exact(kind):
 def test_a_merged_model_without_its_wrappers_is_a_plain_one(kind, tmp_path):
     model = stirred(add_adapter(language_model(kind), "*"))
     logits, written = model(IDS), generate(model, IDS, 8, temperature=0)
-    plain = unwrap(merge(model))
+    plain = unwrap(merge_adapter(model))
     assert not adapted(plain) and list(plain.state_dict()) == list(
         language_model(kind).state_dict()
     )
@@ -238,7 +238,7 @@ def test_several_adapters_share_a_base(kind):
     alone = stirred(add_adapter(language_model(kind), "W_q", name="a"), "a")
     assert torch.equal(alone(IDS), outputs["a"])
     use_adapter(model, "a")
-    merge(model)
+    merge_adapter(model)
     use_adapter(model, "b")  # takes a out first
     assert torch.equal(model(IDS), outputs["b"])
 
@@ -271,9 +271,9 @@ def test_a_stored_adapter_comes_back_and_holds_no_weight(kind, stored):
     bytes_of_it = 4 * count_learning(model)
     assert bytes_of_it < path.stat().st_size < bytes_of_it + 4000
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-    merge(model)  # a merged one knows its base
+    merge_adapter(model)  # a merged one knows its base
     save_adapter(model, path)
-    assert torch.equal(load_adapter(language_model(kind), path)(IDS), unmerge(model)(IDS))
+    assert torch.equal(load_adapter(language_model(kind), path)(IDS), unmerge_adapter(model)(IDS))
 
 
 def test_a_wrong_base_or_shape_is_named(kind, stored):

@@ -62,13 +62,13 @@ count = Exercise(
 # A.2
 
 
-def _memory(n_base, n_adapter, bits):
+def _bytes_needed(n_base, n_adapter, bits):
     return n_base * bits / 8 + n_adapter * 16
 
 
-memory = Exercise(
+bytes_needed = Exercise(
     "A.2",
-    _memory,
+    _bytes_needed,
     [
         (1000, 10, 32),
         (1000, 10, 16),

@@ -11,7 +11,15 @@ from torch import nn
 from support.adapter_files import load_adapter, read_peft, save_adapter, their_layers, write_peft
 from support.gpt import GPTConfig, GPTModel
 from support.llama import LlamaConfig, LlamaModel
-from support.lora import LoRALayer, LoRALinear, adapted, add_adapter, count_learning, merge, unwrap
+from support.lora import (
+    LoRALayer,
+    LoRALinear,
+    adapted,
+    add_adapter,
+    count_learning,
+    merge_adapter,
+    unwrap,
+)
 from support.pretrained import export
 
 CONFIGS = {
@@ -115,7 +123,7 @@ def test_peft_reads_our_folder_and_answers_and_learns_as_we_do(kind, tmp_path):
             same(adapter.B.grad.T, b[rows : rows + adapter.B.shape[1], mine])
             rows += adapter.B.shape[1]
     merged = theirs.merge_and_unload()
-    same(unwrap(merge(model))(IDS), merged(IDS).logits)
+    same(unwrap(merge_adapter(model))(IDS), merged(IDS).logits)
     export(model, None, tmp_path / "merged")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     for a, b in zip(merged.parameters(), again.parameters(), strict=True):
