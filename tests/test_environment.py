@@ -39,6 +39,7 @@ def test_support_imports_nothing_that_only_the_tests_have():
                 "transformers",
                 "tokenizers",
                 "trl",
+                "peft",
                 "pytest",
                 "playwright",
                 "hypothesis",
