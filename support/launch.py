@@ -16,7 +16,7 @@ def torchrun(
     *command: object,
     n: int = 2,
     max_restarts: int = 0,
-    timeout: float = 240,
+    timeout: float = 500,
     watch: Callable[[list[psutil.Process]], None] | None = None,
 ) -> str:
     """Run `torchrun --standalone --nproc-per-node n command`, and return what it printed.
@@ -40,26 +40,26 @@ def torchrun(
         settings["GLOO_SOCKET_IFNAME"] = loopback[0]
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
         streams = {"stdin": subprocess.DEVNULL, "stdout": said, "stderr": errors}
-        torchrun = psutil.Popen(line, env=os.environ | settings, **streams)
+        agent = psutil.Popen(line, env=os.environ | settings, **streams)
         end = time.monotonic() + timeout
         try:
-            while torchrun.poll() is None:
+            while agent.poll() is None:
                 if time.monotonic() > end:
                     raise TimeoutError(
                         f"{_short(command)} has not ended within timeout={timeout:g} s and was "
                         "stopped: give it more, or look for a process that waits for another."
                     )
                 if watch:
-                    watch(torchrun.children())
+                    watch(agent.children())
                 time.sleep(0.01)
         finally:
-            _kill(torchrun)
+            _kill(agent)
         said.seek(0)
         errors.seek(0)
-        if torchrun.returncode:
+        if agent.returncode:
             own = re.split(r"^[EW]\d{4} .*elastic", errors.read(), flags=re.MULTILINE)[0]
             last = "\n".join(own.splitlines()[-20:])  # what the processes said, not torchrun
-            raise RuntimeError(f"{_short(command)} ended with {torchrun.returncode}:\n{last}")
+            raise RuntimeError(f"{_short(command)} ended with {agent.returncode}:\n{last}")
         return said.read()
 
 

@@ -20,9 +20,8 @@ def flops_per_token(config: GPTConfig) -> int:
     """
     C, T, layers = config.d_model, config.context_length, config.n_layers
     in_matrices = 12 * C * C * layers + config.vocab_size * C  # the blocks and the head
-    return (
-        6 * in_matrices + 12 * layers * T * C
-    )  # the last: queries times keys, weights times values
+    attention = 2 * layers * T * C  # queries times keys, and weights times values
+    return 6 * (in_matrices + attention)
 
 
 def state_bytes(n_parameters: float, n_gpus: int = 1, stage: int = 0) -> dict[str, float]:
