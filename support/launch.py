@@ -57,8 +57,9 @@ def torchrun(
         said.seek(0)
         errors.seek(0)
         if agent.returncode:
-            own = re.split(r"^[EW]\d{4} .*elastic", errors.read(), flags=re.MULTILINE)[0]
-            last = "\n".join(own.splitlines()[-20:])  # what the processes said, not torchrun
+            own = re.sub(r"^[EW]\d{4} .*\n", "", errors.read(), flags=re.MULTILINE)
+            own = own.rpartition("Traceback (most")[0]  # without torchrun's own, at the end
+            last = "\n".join(own.splitlines()[-20:])
             raise RuntimeError(f"{_short(command)} ended with {agent.returncode}:\n{last}")
         return said.read()
 
