@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 from support.storyworld import (
+    CHOICE,
     FOLDER,
     Facts,
     Story,
@@ -73,16 +74,16 @@ def requests(seed: int = 0, split: str = "train", tasks=TASKS) -> Iterator[Reque
     while True:
         for task in tasks:
             story = next(told)
-            while task == "where" and not _holds(_parts(story)[0], story.facts.place):
+            while task == "where" and not _holds(_start(story), story.facts.place):
                 story = next(told)
             yield ask(task, story, rng, split)
 
 
 def ask(task: str, story: Story, rng: random.Random, split: str = "train") -> Request:
     """Return a request of one task about a story, in one of the split's wordings."""
-    facts, (beginning, middle, end) = story.facts, _parts(story)
-    # Questions are about the beginning, and about someone whom it names and describes.
-    cast = [c for c in (facts.hero, facts.friend) if _holds(beginning, c.name, c.species)]
+    facts, passage, (beginning, middle, end) = story.facts, _start(story), _parts(story)
+    # Questions are about the first sentences, and someone whom they name and describe.
+    cast = [c for c in (facts.hero, facts.friend) if _holds(passage, c.name, c.species)]
     who = facts.hero if task == "write" else rng.choice(cast)
     fields = {
         "name": who.name,
@@ -90,7 +91,7 @@ def ask(task: str, story: Story, rng: random.Random, split: str = "train") -> Re
         "kind": with_article(who.species),
         "thing": with_article(f"{facts.look} {facts.object}"),
         "how": facts.ending,
-        "text": beginning,
+        "text": passage,
     }
     if task == "write":
         answer = story.text
@@ -99,14 +100,15 @@ def ask(task: str, story: Story, rng: random.Random, split: str = "train") -> Re
         if task == "ending" and rng.random() < 0.5:  # there is one already, but not as wished
             fields["text"] = retell(story, ending=OPPOSITE[facts.ending]).text
     elif task == "where":
-        answer = _sentence(vocabulary()["places"][facts.place]["in"])
+        answer = f"It happens {vocabulary()['places'][facts.place]['in']}."
     elif task == "who":
-        answer = _sentence(who.name)
+        answer = f"The {who.species} is {who.name}."
     elif task == "what":
-        answer = _sentence(with_article(who.species))
+        answer = f"In this story, {who.name} is {with_article(who.species)}."
     elif task == "yes-no":
-        answer = rng.choice(("Yes.", "No."))
-        if answer == "No.":
+        verdict = rng.choice(("yes", "no"))
+        answer = f"In this story, {who.name} is {with_article(who.species)}, so {verdict}."
+        if verdict == "no":
             there = [c.species for c in cast if c != who]  # the harder question
             others = [kind for kind in vocabulary()["species"] if kind != who.species]
             fields["kind"] = with_article(rng.choice(rng.choice((there or others, others))))
@@ -114,8 +116,13 @@ def ask(task: str, story: Story, rng: random.Random, split: str = "train") -> Re
         taken = facts.hero.name, facts.friend.name
         names = [name for name in vocabulary()["names"][who.pronoun] if name not in taken]
         fields["other"] = rng.choice(names)
-        answer = re.sub(rf"\b{who.name}\b", fields["other"], beginning)
-    return Request(task, rng.choice(wordings()[task][split]).format(**fields), answer, story)
+        answer = re.sub(rf"\b{who.name}\b", fields["other"], passage)
+    return Request(task, _word(wordings()[task][split], rng).format(**fields), answer, story)
+
+
+def _word(phrasings: list[str], rng: random.Random) -> str:
+    """Choose a phrasing, and one of each [this|that] in it."""
+    return re.sub(CHOICE, lambda m: rng.choice(m[1].split("|")), rng.choice(phrasings))
 
 
 def passes(request: Request, text: str, ended: bool = True) -> bool:
@@ -230,12 +237,17 @@ def with_article(words: str) -> str:
     return f"an {words}" if words[0] in "aeio" else f"a {words}"
 
 
-def _sentence(words: str) -> str:
-    return words[0].upper() + words[1:] + "."
-
-
 def _parts(story: Story) -> list[str]:
     return story.text.split("\n\n")
+
+
+def _start(story: Story) -> str:
+    """Return the first two sentences of a story, or more, so that no quotation is cut."""
+    sentences = re.split(r"(?<=[.!?]) ", _parts(story)[0])
+    n = 2
+    while " ".join(sentences[:n]).count('"') % 2:
+        n += 1
+    return " ".join(sentences[:n])
 
 
 def _holds(text: str, *words: str) -> bool:

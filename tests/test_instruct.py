@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 
+from support.data import DATA
 from support.gpt import GPTConfig, GPTModel
 from support.instruct import (
     Batches,
@@ -24,6 +26,7 @@ from support.instruct import (
     with_targets,
 )
 from support.pretrained import chat_prompt, load
+from support.storyworld import stories
 from support.tasks import requests
 from support.train import token_loss
 
@@ -181,9 +184,27 @@ def test_respond_returns_each_answer_in_its_place_and_says_whether_it_ended(toke
 
 
 def test_follow_counts_by_task(tokenizer):
-    asked = list(itertools.islice(requests(0, "test", ["yes-no", "what"]), 40))
-    model = Says(tokenizer, "Yes.", context_length=384)
+    asked = list(itertools.islice(requests(0, "test", ["where", "what"]), 40))
+    model = Says(tokenizer, asked[0].answer, context_length=384)
     shares, texts = follow(model, tokenizer, asked, temperature=0, use_cache=False)
-    yes = sum(r.answer == "Yes." for r in asked) / 20
-    assert shares["what"] == 0 and shares["yes-no"] == pytest.approx(yes)
-    assert shares["mean"] == pytest.approx(yes / 2) and texts == ["Yes."] * 40
+    same = sum(r.answer == asked[0].answer for r in asked) / 20
+    assert shares["what"] == 0 and shares["where"] == pytest.approx(same) and same > 0
+    assert shares["mean"] == pytest.approx(same / 2) and texts == [asked[0].answer] * 40
+
+
+def test_the_shipped_model_answers_and_still_tells_stories(tokenizer):
+    base, model = load("story")[0], load("story-sft")[0]
+    assert model.config == base.config
+    assert load("story-sft")[1].special_tokens == tokenizer.special_tokens
+    folder = DATA / "models" / "story-sft"
+    with safe_open(folder / "model.safetensors", "pt") as weights:
+        for name in weights.keys():  # noqa: SIM118
+            assert weights.get_tensor(name).isfinite().all()
+    assert (folder / "model.safetensors").stat().st_size < 8e6
+    asked = list(itertools.islice(requests(77, "test"), 40))
+    shares, _ = follow(model, tokenizer, asked, max_new_tokens=250, temperature=0)
+    assert shares["mean"] > 0.8
+    text = next(stories(5, "test")).text
+    ids = torch.tensor([tokenizer.encode(text)])
+    losses = [token_loss(m, ids[:, :-1], ids[:, 1:])[0] / ids.shape[1] for m in (base, model)]
+    assert losses[1] < losses[0] + 0.3

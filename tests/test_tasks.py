@@ -30,6 +30,13 @@ def some(number, split="test", seed=0, **options):
 REQUESTS = some(800)
 
 
+def passage_of(story):
+    """Return the first sentences, by another way than the module's."""
+    text = story.text.split("\n\n")[0]
+    ends = [m.start() + 1 for m in re.finditer(r"[.!?] ", text)] + [len(text)]
+    return next(text[:end] for end in ends[1:] if text[:end].count('"') % 2 == 0)
+
+
 def of(task):
     return [request for request in REQUESTS if request.task == task]
 
@@ -46,6 +53,7 @@ def test_there_are_many_wordings_and_none_is_in_two_splits():
     for task in TASKS:
         splits = wordings()[task]
         assert len(splits["train"]) >= 10 and len(splits["test"]) >= 3
+        assert not any("[" in w for w in splits["validation"] + splits["test"])
         every = [wording for split in splits.values() for wording in split]
         assert len({wording.replace("{text}", "").strip().lower() for wording in every}) == len(
             every
@@ -72,14 +80,19 @@ def test_every_wording_is_asked_and_filled_in(split):
     for task in TASKS:
         seen = set()
         for story in itertools.islice(told, 250):
-            if task == "where" and story.facts.place not in story.text.split("\n\n")[0]:
+            if task == "where" and story.facts.place not in passage_of(story):
                 continue
             request = ask(task, story, rng, split)
             found = slips(request.prompt.replace(":\n\n", ".\n\n"))
             assert [s for s in found if "without an end" not in s] == [], request.prompt
             for wording in wordings()[task][split]:
-                words = [re.escape(part) for part in re.split(r"\{\w+\}", wording)]
-                if re.fullmatch("(?s)" + ".*".join(words), request.prompt):
+                parts = re.split(r"(\{\w+\}|[\[|\]])", wording)
+                signs = {"[": "(?:", "|": "|", "]": ")"}
+                words = [
+                    ".*" if part.startswith("{") else signs.get(part, re.escape(part))
+                    for part in parts
+                ]
+                if re.fullmatch("(?s)" + "".join(words), request.prompt):
                     seen.add(wording)
         assert seen == set(wordings()[task][split])
 
@@ -91,21 +104,22 @@ def test_every_answer_passes_and_another_ones_answer_does_not():
         assert not any(passes(request, request.answer, ended=False) for request in asked)
         assert not any(passes(request, "") for request in asked)
         others = [passes(a, b.answer) for a, b in itertools.pairwise(asked)]
-        assert sum(others) / len(others) < (0.65 if task == "yes-no" else 0.15), task
+        assert sum(others) / len(others) < 0.15, task
 
 
 def test_answers_are_what_the_facts_say():
     words = vocabulary()
     for request in of("where"):
         facts = request.story.facts
-        assert request.answer.lower() == words["places"][facts.place]["in"] + "."
+        assert request.answer == f"It happens {words['places'][facts.place]['in']}."
         assert facts.place in request.prompt
     for request in of("who"):
-        (c,) = (c for c in cast(request) if c.name + "." == request.answer)
-        assert re.search(rf"\b{c.species}\b", request.prompt)
+        assert request.answer in {f"The {c.species} is {c.name}." for c in cast(request)}
+        species = request.answer.split()[1]
+        assert species in request.prompt.replace(passage_of(request.story), "")
     for request in of("what"):
-        (c,) = (c for c in cast(request) if with_article(c.species) + "." == request.answer.lower())
-        assert c.name in request.prompt
+        right = [f"In this story, {c.name} is {with_article(c.species)}." for c in cast(request)]
+        assert request.answer in right and names_in(request.answer) <= names_in(request.prompt)
     for request in of("rename"):
         (old,) = names_in(request.prompt) - names_in(request.answer)
         (new,) = names_in(request.answer) - {c.name for c in cast(request)}
@@ -124,13 +138,13 @@ def names_in(text):
 
 def test_yes_and_no_are_equally_frequent_and_true():
     asked = of("yes-no")
-    assert 0.4 < sum(request.answer == "Yes." for request in asked) / len(asked) < 0.6
+    assert 0.4 < sum(request.answer.endswith("yes.") for request in asked) / len(asked) < 0.6
     for request in asked:
-        question = request.prompt.replace(request.story.text.split("\n\n")[0], "")
+        question = request.prompt.replace(passage_of(request.story), "")
         right = [
             c for c in cast(request) if c.name in question and with_article(c.species) in question
         ]
-        assert (request.answer == "Yes.") == bool(right), request.prompt
+        assert request.answer.endswith("so yes.") == bool(right), request.prompt
 
 
 def test_an_ending_is_asked_for_as_it_is_not_yet():
