@@ -7,9 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 
-from support.data import DATA
 from support.gpt import GPTConfig, GPTModel
 from support.instruct import (
     Batches,
@@ -26,7 +24,6 @@ from support.instruct import (
     with_targets,
 )
 from support.pretrained import chat_prompt, load
-from support.storyworld import stories
 from support.tasks import requests
 from support.train import token_loss
 
@@ -190,21 +187,3 @@ def test_follow_counts_by_task(tokenizer):
     same = sum(r.answer == asked[0].answer for r in asked) / 20
     assert shares["what"] == 0 and shares["where"] == pytest.approx(same) and same > 0
     assert shares["mean"] == pytest.approx(same / 2) and texts == [asked[0].answer] * 40
-
-
-def test_the_shipped_model_answers_and_still_tells_stories(tokenizer):
-    base, model = load("story")[0], load("story-sft")[0]
-    assert model.config == base.config
-    assert load("story-sft")[1].special_tokens == tokenizer.special_tokens
-    folder = DATA / "models" / "story-sft"
-    with safe_open(folder / "model.safetensors", "pt") as weights:
-        for name in weights.keys():  # noqa: SIM118
-            assert weights.get_tensor(name).isfinite().all()
-    assert (folder / "model.safetensors").stat().st_size < 8e6
-    asked = list(itertools.islice(requests(77, "test"), 40))
-    shares, _ = follow(model, tokenizer, asked, max_new_tokens=250, temperature=0)
-    assert shares["mean"] > 0.8
-    text = next(stories(5, "test")).text
-    ids = torch.tensor([tokenizer.encode(text)])
-    losses = [token_loss(m, ids[:, :-1], ids[:, 1:])[0] / ids.shape[1] for m in (base, model)]
-    assert losses[1] < losses[0] + 0.3

@@ -264,7 +264,7 @@ def test_a_pattern_without_a_name_is_not_exported(tmp_path):
 
 
 def test_no_such_model():
-    with pytest.raises(DataError, match="No model 'smollm3': name story, story-sft, smollm2-135m, gpt2"):
+    with pytest.raises(DataError, match="'smollm3': name story, story-sft, smollm2-135m, gpt2"):
         load("smollm3")
 
 

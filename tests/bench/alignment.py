@@ -2,9 +2,9 @@
 
 Run `python tests/bench/alignment.py`, about half an hour on one core. What is in the tables already
 is not made again, and the weights of the runs lie in `data/cache/alignment`: delete both to begin
-anew. All runs begin with the shipped `story-sft`, so the seeds differ in everything but that. The
-tables, in `data/models`: `alignment.csv`, `reward.csv`, `ppo_leash.csv` and `ppo_free.csv`; and what
-was written, `alignment.json`.
+anew. All runs begin with the shipped `story-sft`, so the seeds differ in everything but that.
+The tables, in `data/models`: `alignment.csv`, `reward.csv`, `ppo_leash.csv` and `ppo_free.csv`; and
+what was written, `alignment.json`.
 """
 
 import copy
@@ -165,8 +165,8 @@ def pair_length(rows) -> int:
 
 def some_pairs(n: int, seed: int, split: str = "train", **options):
     """Return n pairs that fit into the context."""
-    found = (pair for pair in pairs(seed, split, **options) if pair_length(to_rows(pair)) <= CONTEXT)
-    return list(islice(found, n))
+    fitting = (p for p in pairs(seed, split, **options) if pair_length(to_rows(p)) <= CONTEXT)
+    return list(islice(fitting, n))
 
 
 def reward_model(seed: int) -> RewardModel:
@@ -238,12 +238,12 @@ def margins_of(model: RewardModel, some) -> np.ndarray:
 
 
 def compare_rewards() -> None:
-    """Write `reward.csv`: accuracy on pairs of test stories, with their labels and with true ones."""
+    """Write `reward.csv`: accuracy on test stories' pairs, with their labels and with true ones."""
     tests = {
         name: some_pairs(N_TEST_PAIRS, 30 + i, "test", dreams=i)
         for i, name in enumerate(("plain", "dreams"))
     }
-    truth = {name: np.array([-1 if p.mistaken else 1 for p in some]) for name, some in tests.items()}
+    truth = {name: np.array([1 - 2 * p.mistaken for p in some]) for name, some in tests.items()}
     table = []
     for seed in SEEDS:
         margins = {name: margins_of(reward_model(seed), some) for name, some in tests.items()}
