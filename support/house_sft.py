@@ -1,6 +1,6 @@
 """The house model `story-sft`: the house model once it has learned to answer requests (chapter 7).
 
-`python -m support.house_sft` makes it anew in less than an hour, by the recipe in
+`python -m support.house_sft` makes it anew in half an hour, by the recipe in
 `data/models/story-sft`, and goes on where an earlier run was stopped.
 """
 
@@ -47,7 +47,7 @@ def main() -> None:
     rows = examples(tokenizer, config.steps * B, T, tasks=recipe["tasks"])
     val = examples(tokenizer, 160, T, split="validation")
     evaluations = [with_targets(val[i : i + B]) for i in range(0, len(val), B)]
-    asked = list(islice(requests(1, "validation"), 160))
+    asked = list(islice(requests(1, "validation"), 128))
     kept = WORK / "shares.csv"
 
     def measure(row: dict) -> None:

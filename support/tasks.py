@@ -74,50 +74,55 @@ def requests(seed: int = 0, split: str = "train", tasks=TASKS) -> Iterator[Reque
     while True:
         for task in tasks:
             story = next(told)
-            while task == "where" and not _holds(_start(story), story.facts.place):
+            while not _holds(passage(story), *_needed(task, story.facts)):
                 story = next(told)
             yield ask(task, story, rng, split)
 
 
 def ask(task: str, story: Story, rng: random.Random, split: str = "train") -> Request:
     """Return a request of one task about a story, in one of the split's wordings."""
-    facts, passage, (beginning, middle, end) = story.facts, _start(story), _parts(story)
-    # Questions are about the first sentences, and someone whom they name and describe.
-    cast = [c for c in (facts.hero, facts.friend) if _holds(passage, c.name, c.species)]
-    who = facts.hero if task == "write" else rng.choice(cast)
-    fields = {
-        "name": who.name,
-        "species": who.species,
-        "kind": with_article(who.species),
-        "thing": with_article(f"{facts.look} {facts.object}"),
-        "how": facts.ending,
-        "text": passage,
-    }
+    facts, (beginning, middle, end) = story.facts, _parts(story)
+    place, every = vocabulary()["places"][facts.place], vocabulary()["names"]
+    both = [facts.hero.name, facts.friend.name]
+    name, other = rng.sample(both, 2) if task == "who" else both
+    strangers = [n for n in every[facts.hero.pronoun] if n not in both]
+    thing = with_article(facts.object)
+    text = passage(story)
     if task == "write":
         answer = story.text
     elif task in ("continue", "ending"):
-        fields["text"], answer = f"{beginning}\n\n{middle}", end
+        text, answer = f"{beginning}\n\n{middle}", end
         if task == "ending" and rng.random() < 0.5:  # there is one already, but not as wished
-            fields["text"] = retell(story, ending=OPPOSITE[facts.ending]).text
+            text = retell(story, ending=OPPOSITE[facts.ending]).text
     elif task == "where":
-        answer = f"It happens {vocabulary()['places'][facts.place]['in']}."
+        answer = f"It happens {place['in']}."
     elif task == "who":
-        answer = f"The {who.species} is {who.name}."
+        answer = f"The friend of {name} is {other}."
     elif task == "what":
-        answer = f"In this story, {who.name} is {with_article(who.species)}."
+        answer = f"There is {thing} in it."
     elif task == "yes-no":
-        verdict = rng.choice(("yes", "no"))
-        answer = f"In this story, {who.name} is {with_article(who.species)}, so {verdict}."
-        if verdict == "no":
-            there = [c.species for c in cast if c != who]  # the harder question
-            others = [kind for kind in vocabulary()["species"] if kind != who.species]
-            fields["kind"] = with_article(rng.choice(rng.choice((there or others, others))))
+        answer = rng.choice(("Yes.", "No."))
+        other = rng.choice([n for n in both if _holds(text, n)] if answer == "Yes." else strangers)
     else:
-        taken = facts.hero.name, facts.friend.name
-        names = [name for name in vocabulary()["names"][who.pronoun] if name not in taken]
-        fields["other"] = rng.choice(names)
-        answer = re.sub(rf"\b{who.name}\b", fields["other"], passage)
+        other, frame = rng.choice(strangers), rng.choice(wordings()["note"]["frames"])
+        fields = {"thing": thing, "in": place["in"], "to": place["to"]}
+        text, answer = (frame.format(name=who, **fields) for who in (name, other))
+    fields = {"name": name, "other": other, "thing": thing, "how": facts.ending, "text": text}
     return Request(task, _word(wordings()[task][split], rng).format(**fields), answer, story)
+
+
+def passage(story: Story) -> str:
+    """Return the first sentences of a story: two, or more so that no quotation is cut."""
+    sentences, n = re.split(r"(?<=[.!?]) ", _parts(story)[0]), 2
+    while " ".join(sentences[:n]).count('"') % 2:
+        n += 1
+    return " ".join(sentences[:n])
+
+
+def _needed(task: str, facts: Facts) -> tuple[str, ...]:
+    """Return the words that a passage must have to be asked about."""
+    both = facts.hero.name, facts.friend.name
+    return {"where": (facts.place,), "who": both, "what": (facts.object,)}.get(task, ())
 
 
 def _word(phrasings: list[str], rng: random.Random) -> str:
@@ -128,9 +133,9 @@ def _word(phrasings: list[str], rng: random.Random) -> str:
 def passes(request: Request, text: str, ended: bool = True) -> bool:
     """Return whether a text does what was asked; `ended` says whether its writer stopped.
 
-    A new story must name the hero, the species and the object, and bring in one more name at most.
-    An ending must be one of its story's endings, and the happy or the sad one if that was asked
-    for. All other answers must be right letter for letter.
+    A new story must name the hero and the object, and bring in one more name at most. An ending
+    must be one of its story's endings, and the happy or the sad one if that was asked for. All
+    other answers must be right letter for letter.
     """
     facts = request.story.facts
     if not ended:
@@ -138,8 +143,7 @@ def passes(request: Request, text: str, ended: bool = True) -> bool:
     if request.task == "write":
         names = {name for group in vocabulary()["names"].values() for name in group}
         strangers = names & set(re.findall(r"\w+", text)) - {facts.hero.name}
-        wanted = facts.hero.name, facts.hero.species, facts.look, facts.object
-        return _holds(text, *wanted) and len(strangers) <= 1
+        return _holds(text, facts.hero.name, facts.object) and len(strangers) <= 1
     if request.task == "continue":
         return judge(text, facts) != "neither"
     if request.task == "ending":
@@ -239,15 +243,6 @@ def with_article(words: str) -> str:
 
 def _parts(story: Story) -> list[str]:
     return story.text.split("\n\n")
-
-
-def _start(story: Story) -> str:
-    """Return the first two sentences of a story, or more, so that no quotation is cut."""
-    sentences = re.split(r"(?<=[.!?]) ", _parts(story)[0])
-    n = 2
-    while " ".join(sentences[:n]).count('"') % 2:
-        n += 1
-    return " ".join(sentences[:n])
 
 
 def _holds(text: str, *words: str) -> bool:
