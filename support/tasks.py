@@ -207,8 +207,8 @@ def pairs(
 
     Args:
         noise: the share of mistaken preferences.
-        dreams: the share of pairs in which each answer tells both endings and says that one was a
-            dream. The two have the same words, each as often; only their order is different.
+        dreams: the share of pairs in which each answer tells both endings and says that the first
+            was a dream. The two have the same words, each as often; only their order differs.
     """
     rng = random.Random(f"pairs {split} {seed}")
     for request in requests(seed, split, ["continue"]):
@@ -226,11 +226,9 @@ def pairs(
 
 
 def dream(good: str, bad: str, story: Story, rng: random.Random) -> tuple[str, str]:
-    """Return two texts, each with both endings: in the first the good one is true."""
-    true = rng.choice(("first", "second"))
-    frame, name = rng.choice(wordings()["dream"][true]), story.facts.hero.name
-    texts = [frame.format(name=name, one=a, two=b) for a, b in ((good, bad), (bad, good))]
-    return tuple(texts if true == "first" else texts[::-1])
+    """Return two texts, each with both endings: in the first the good one is true, the last one."""
+    frame, name = rng.choice(wordings()["dream"]["frames"]), story.facts.hero.name
+    return tuple(frame.format(name=name, one=a, two=b) for a, b in ((bad, good), (good, bad)))
 
 
 # ---- words --------------------------------------------------------------------------------------

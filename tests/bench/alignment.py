@@ -31,13 +31,13 @@ from support.tasks import judge, pairs, requests
 from support.train import TrainConfig, evaluate, train
 
 SEEDS = (0, 1, 2)
-KL_MAIN, KL_COEFS = 0.2, {0.2: SEEDS, 0.0: SEEDS, 0.05: (0,), 1.0: (0,)}
-BETA_MAIN, BETAS = 0.1, {0.1: SEEDS, 0.03: (0,), 0.3: (0,), 1.0: (0,)}
-BEST_OF = (2, 4, 8, 16)
-N_REQUESTS, N_ENDINGS, N_TEST_PAIRS = 160, 200, 400
-REWARD = {"pairs": 800, "lr": 3e-4, "warmup": 10}
-DPO = {"pairs": 400, "lr": 1e-4, "warmup": 5}
-PPO = {"steps": 12, "batch_size": 32, "minibatch": 8, "lr": 3e-4}
+KL_MAIN, KL_COEFS = 0.2, {0.2: SEEDS, 0.0: SEEDS, 1.0: (0,)}
+BETAS = {0.1: SEEDS, 0.02: (0,), 0.5: (0,)}
+BEST_OF = (2, 4, 8)
+N_REQUESTS, N_ENDINGS, N_TEST_PAIRS = 80, 120, 200
+REWARD = {"pairs": 400, "lr": 1e-3, "warmup": 5}
+DPO = {"pairs": 240, "lr": 3e-4, "warmup": 3}
+PPO = {"steps": 10, "batch_size": 32, "minibatch": 8, "lr": 3e-4}
 
 MODELS, RUNS = DATA / "models", DATA / "cache" / "alignment"
 SFT, TOKENIZER = load("story-sft")
@@ -264,7 +264,7 @@ def compare_rewards() -> None:
 
 
 def compare_best_of_n() -> None:
-    """Let three judges choose among the same endings, of which SFT wrote sixteen a story."""
+    """Let three judges choose among the same endings, of which SFT wrote eight a story."""
     said = [write(SFT, 1000 + i) for i in range(max(BEST_OF))]
     kept = {"follows": follows(SFT), "story_loss": story_loss(SFT)}  # the model stays as it is
     for seed in SEEDS:
