@@ -47,7 +47,7 @@ def main() -> None:
     rows = examples(tokenizer, config.steps * B, T, tasks=recipe["tasks"])
     val = examples(tokenizer, 160, T, split="validation")
     evaluations = [with_targets(val[i : i + B]) for i in range(0, len(val), B)]
-    asked = list(islice(requests(1, "validation"), 128))
+    asked = list(islice(requests(1, "validation"), 96))
     kept = WORK / "shares.csv"
 
     def measure(row: dict) -> None:

@@ -74,7 +74,8 @@ def requests(seed: int = 0, split: str = "train", tasks=TASKS) -> Iterator[Reque
     while True:
         for task in tasks:
             story = next(told)
-            while not _holds(passage(story), *_needed(task, story.facts)):
+            wanted = rng.random() < 0.5  # for "yes-no": is there a friend?
+            while not _fits(task, story, wanted):
                 story = next(told)
             yield ask(task, story, rng, split)
 
@@ -101,8 +102,7 @@ def ask(task: str, story: Story, rng: random.Random, split: str = "train") -> Re
     elif task == "what":
         answer = f"There is {thing} in it."
     elif task == "yes-no":
-        answer = rng.choice(("Yes.", "No."))
-        other = rng.choice([n for n in both if _holds(text, n)] if answer == "Yes." else strangers)
+        answer = "Yes." if _holds(text, *both) else "No."
     else:
         other, frame = rng.choice(strangers), rng.choice(wordings()["note"]["frames"])
         fields = {"thing": thing, "in": place["in"], "to": place["to"]}
@@ -119,10 +119,12 @@ def passage(story: Story) -> str:
     return " ".join(sentences[:n])
 
 
-def _needed(task: str, facts: Facts) -> tuple[str, ...]:
-    """Return the words that a passage must have to be asked about."""
+def _fits(task: str, story: Story, wanted: bool) -> bool:
+    """Return whether a story's passage has what a task asks about."""
+    facts, text = story.facts, passage(story)
     both = facts.hero.name, facts.friend.name
-    return {"where": (facts.place,), "who": both, "what": (facts.object,)}.get(task, ())
+    needed = {"where": (facts.place,), "who": both, "what": (facts.object,)}.get(task, ())
+    return _holds(text, *needed) and (task != "yes-no" or _holds(text, *both) == wanted)
 
 
 def _word(phrasings: list[str], rng: random.Random) -> str:
@@ -236,7 +238,7 @@ def dream(good: str, bad: str, story: Story, rng: random.Random) -> tuple[str, s
 
 def with_article(words: str) -> str:
     """Return "a kite", "an owl"."""
-    return f"an {words}" if words[0] in "aeio" else f"a {words}"
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def _parts(story: Story) -> list[str]:
