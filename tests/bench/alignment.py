@@ -1,6 +1,6 @@
 """Chapter 7 at length: reward models, best-of-n, PPO and DPO, at several settings and seeds.
 
-Run `python tests/bench/alignment.py`, about half an hour on one core. What is in the tables already
+Run `python tests/bench/alignment.py`, less than half an hour on one core. What is in the tables already
 is not made again, and the weights of the runs lie in `data/cache/alignment`: delete both to begin
 anew. All runs begin with the shipped `story-sft`, so the seeds differ in everything but that.
 The tables, in `data/models`: `alignment.csv`, `reward.csv`, `ppo_leash.csv` and `ppo_free.csv`; and
@@ -35,10 +35,10 @@ SEEDS = (0, 1, 2)
 KL_MAIN, KL_COEFS = 0.2, {0.2: SEEDS, 0.0: SEEDS, 1.0: (0,)}
 BETAS = {0.1: SEEDS, 0.02: (0,), 0.5: (0,)}
 BEST_OF = (2, 4, 8)
-N_REQUESTS, N_ENDINGS, N_TEST_PAIRS = 80, 120, 200
-REWARD = {"pairs": 320, "lr": 1e-3, "warmup": 5}
-DPO = {"pairs": 240, "lr": 3e-4, "warmup": 3}
-PPO = {"steps": 10, "batch_size": 24, "minibatch": 6, "epochs": 1, "lr": 3e-4}
+N_REQUESTS, N_ENDINGS, N_TEST_PAIRS = 80, 100, 150
+REWARD = {"pairs": 240, "lr": 1e-3, "warmup": 5}
+DPO = {"pairs": 160, "lr": 2e-4, "warmup": 3}
+PPO = {"steps": 8, "batch_size": 24, "minibatch": 6, "epochs": 1, "lr": 3e-4}
 
 MODELS, RUNS = DATA / "models", DATA / "cache" / "alignment"
 SFT, TOKENIZER = load("story-sft")
