@@ -1,6 +1,6 @@
 """Chapter 7 at length: reward models, best-of-n, PPO and DPO, at several settings and seeds.
 
-Run `python tests/bench/alignment.py`, less than half an hour on one core. What is in the tables already
+Run `python tests/bench/alignment.py`, less than half an hour on one core. What is in the tables
 is not made again, and the weights of the runs lie in `data/cache/alignment`: delete both to begin
 anew. All runs begin with the shipped `story-sft`, so the seeds differ in everything but that.
 The tables, in `data/models`: `alignment.csv`, `reward.csv`, `ppo_leash.csv` and `ppo_free.csv`; and
