@@ -33,12 +33,12 @@ from support.train import TrainConfig, evaluate, train
 
 SEEDS = (0, 1, 2)
 KL_MAIN, KL_COEFS = 0.05, {0.05: SEEDS, 0.0: (0,)}
-BETAS = {0.1: SEEDS, 0.02: (0,), 0.5: (0,)}
+BETAS = {0.1: SEEDS}
 BEST_OF = (2, 4, 8)
 N_REQUESTS, N_ENDINGS, N_TEST_PAIRS = 80, 100, 150
 REWARD = {"pairs": 280, "lr": 1e-3, "warmup": 5}
-DPO = {"pairs": 160, "lr": 2e-4, "warmup": 3}
-PPO = {"steps": 8, "batch_size": 24, "minibatch": 8, "epochs": 1, "lr": 3e-4, "lam": 0.99}
+DPO = {"pairs": 160, "lr": 6e-4, "warmup": 3}
+PPO = {"steps": 8, "batch_size": 24, "minibatch": 8, "epochs": 1, "lr": 5e-4, "lam": 0.99}
 
 MODELS, RUNS = DATA / "models", DATA / "cache" / "alignment"
 SFT, TOKENIZER = load("story-sft")
