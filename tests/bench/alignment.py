@@ -86,8 +86,11 @@ def read(said, policy, judge_model) -> tuple[np.ndarray, np.ndarray]:
     scores, gone = [], []
     for i in range(0, len(rows), 20):
         ids, mask = (x[:, 0] for x in pair_batch([(row, row) for row in rows[i : i + 20]]))
-        far = token_logprobs(policy, ids, mask) - token_logprobs(SFT, ids, mask)
-        gone += far.sum(dim=1).tolist()
+        if policy is SFT:
+            gone += [0.0] * len(ids)
+        else:
+            far = token_logprobs(policy, ids, mask) - token_logprobs(SFT, ids, mask)
+            gone += far.sum(dim=1).tolist()
         scores += judge_model.score(ids, mask).tolist()
     unfinished = np.array([not ended for _, ended in said])
     return np.array(scores) - PPOConfig(1).unfinished * unfinished, np.array(gone)
