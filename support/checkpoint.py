@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from support.data import write_atomic
+from support.parallel import part_of, ranks, whole
 
 COLUMNS = ["step", "tokens", "lr", "loss", "grad_norm"]  # of the log
 COLUMNS += ["val_loss", "val_perplexity", "bits_per_byte", "seconds"]
@@ -83,6 +84,11 @@ def clean(folder: Path) -> None:
 # ---- weights ------------------------------------------------------------------------------------
 
 
+def whole_tensors(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors as a file holds them; of a sharded model all processes must call this."""
+    return {name: whole(tensor).contiguous() for name, tensor in named.items()}
+
+
 def named_weights(model: nn.Module) -> dict[str, Tensor]:
     """Return what a model's file holds; a weight with two names, a tied one, under its first."""
     first_names = {}
@@ -93,7 +99,7 @@ def named_weights(model: nn.Module) -> dict[str, Tensor]:
 
 def save_weights(model: nn.Module, path: str | Path) -> None:
     """Write a model's weights as safetensors."""
-    save_file({name: w.contiguous() for name, w in named_weights(model).items()}, path)
+    save_file(whole_tensors(named_weights(model)), path)
 
 
 def put_weights(model: nn.Module, saved: dict[str, Tensor], source: str | Path) -> None:
@@ -102,7 +108,7 @@ def put_weights(model: nn.Module, saved: dict[str, Tensor], source: str | Path) 
     found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
     refuse_others(found, {name: tuple(w.shape) for name, w in weights.items()}, source, "weight")
     for name, weight in weights.items():
-        weight.copy_(saved[name])
+        weight.copy_(part_of(saved[name], weight))
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -116,7 +122,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return what the optimizer remembers, as `name of the parameter/name of the average`."""
     return {
-        f"{name}/{key}": tensor.contiguous()
+        f"{name}/{key}": tensor
         for name, parameter in model.named_parameters()
         for key, tensor in optimizer.state.get(parameter, {}).items()
     }
@@ -127,8 +133,11 @@ def put_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, saved: dic
     parameters = dict(model.named_parameters())
     for both, tensor in saved.items():
         name, key = both.rsplit("/", 1)
-        device = "cpu" if key == "step" else parameters[name].device  # where AdamW has them
-        optimizer.state[parameters[name]][key] = tensor.to(device, copy=True)
+        if key == "step":  # AdamW has it on the CPU, and whole
+            optimizer.state[parameters[name]][key] = tensor.clone()
+        else:
+            part = part_of(tensor.to(parameters[name].device, copy=True), parameters[name])
+            optimizer.state[parameters[name]][key] = part
 
 
 def random_state() -> dict:
@@ -201,14 +210,21 @@ def sha256(path: Path) -> str:
 
 
 def save_checkpoint(folder: Path, model, optimizer, state: dict, keep: int = 2) -> None:
-    """Write `step-…/` for state["step"], and only then delete all but the last `keep`."""
+    """Write `step-…/` for state["step"], and only then delete all but the last `keep`.
+
+    All processes call this, because each has a part of a model that is sharded; the first writes.
+    """
+    weights = whole_tensors(named_weights(model))
+    averages = whole_tensors(optimizer_tensors(model, optimizer))
+    if ranks()[0] > 0:
+        return
     path = folder / f"step-{state['step']:08d}"
     flush(folder / "log.csv")
     if path.exists():
         discard(path)  # it was damaged, so that the run went back and came here again
     with whole_folder(path) as unfinished:
-        save_weights(model, unfinished / "model.safetensors")
-        save_file(optimizer_tensors(model, optimizer), unfinished / "optimizer.safetensors")
+        save_file(weights, unfinished / "model.safetensors")
+        save_file(averages, unfinished / "optimizer.safetensors")
         hashes = {file.name: sha256(file) for file in unfinished.iterdir()}
         (unfinished / "state.json").write_text(json.dumps(state | {"sha256": hashes}))
     kept = [other for other in checkpoints(folder) if other <= path][-keep:]

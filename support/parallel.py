@@ -5,10 +5,12 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def ranks() -> tuple[int, int]:
@@ -44,3 +46,76 @@ def all_of(value) -> list:
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
+
+
+# ---- one model in several processes -------------------------------------------------------------
+
+
+def data_parallel(model: nn.Module) -> nn.Module:
+    """Return the model so that each backward pass averages the gradients over the processes.
+
+    Li et al., PyTorch Distributed: Experiences on Accelerating Data Parallel Training, 2020.
+    """
+    together = ranks()[1] > 1 and not is_sharded(model)  # a sharded model does it by itself
+    return DistributedDataParallel(model) if together else model
+
+
+def shard(model: nn.Module) -> nn.Module:
+    """Leave each process a part of every parameter, and so of its gradient and its averages.
+
+    The model is changed, and returned; make the optimizer afterwards. Each of `model.blocks`
+    gathers its parameters when it computes, and drops them again, so from now on all processes must
+    call the model equally often. Alone, a process keeps all. Rajbhandari et al., ZeRO, 2020,
+    section 5.3; Zhao et al., PyTorch FSDP, 2023, section 3.
+    """
+    if ranks()[1] == 1:
+        return model
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # here, because it takes a second to load
+
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, 0)  # all begin with the first one's weights, as with DDP
+    mesh = init_device_mesh(next(model.parameters()).device.type, (ranks()[1],))
+    for module in (*getattr(model, "blocks", ()), model):
+        # Resharded after every pass: else an evaluation would leave whole weights behind.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+    model.no_sync = nullcontext  # kept until the last micro batch, gradients would have to be whole
+    return model
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether `shard` has left this process only parts of a model."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor with the parts of all processes, which must all call this."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return of a whole tensor what `like`, of the same shape, has here; all must call this."""
+    if not hasattr(like, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+
+
+def held_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+    """Return the bytes of a model's parameters, gradients and averages that this process holds."""
+
+    def size(tensors) -> int:
+        here = (t.to_local() if hasattr(t, "to_local") else t for t in tensors)
+        return sum(tensor.nbytes for tensor in here)
+
+    parameters = list(model.parameters())
+    averages = [
+        tensor
+        for parameter in parameters
+        for name, tensor in optimizer.state[parameter].items()
+        if name != "step"
+    ]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    parts = {"parameters": parameters, "gradients": gradients, "averages": averages}
+    return {name: size(tensors) for name, tensors in parts.items()}

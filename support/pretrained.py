@@ -44,6 +44,8 @@ from support.tokenizer_files import (
     tokenizer_files,
 )
 
+# What the course has trained itself, and what makes it anew.
+HOUSE = {"story": "make pretrain", "story-sft": "python -m support.house_sft"}
 HUB = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 # Old files also hold the causal mask and the rotations, which are no weights.
 NO_WEIGHT = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
@@ -60,10 +62,10 @@ def load(name_or_path: str | Path) -> tuple[nn.Module, BPETokenizer | None]:
     """Return a pretrained model, in float32 and eval mode, and its tokenizer.
 
     Args:
-        name_or_path: "story" (the house model), "smollm2-135m", "gpt2", "gpt2-medium",
-            "gpt2-large" or "gpt2-xl" (from the hub: needs a network the first time), a .gguf file
-            of a llama, or a folder in Hugging Face's format. A folder without tokenizer files
-            gives None as the tokenizer.
+        name_or_path: "story" (the house model), "story-sft" (it answers requests: chapter 7),
+            "smollm2-135m", "gpt2", "gpt2-medium", "gpt2-large" or "gpt2-xl" (from the hub: needs a
+            network the first time), a .gguf file of a llama, or a folder in Hugging Face's format.
+            A folder without tokenizer files gives None as the tokenizer.
 
     Raises `DataError` for what is not there, and ValueError for files that do not fit together or
     ask for what our models do not have; it names each tensor that is missing or misshapen.
@@ -71,16 +73,16 @@ def load(name_or_path: str | Path) -> tuple[nn.Module, BPETokenizer | None]:
     name = str(name_or_path)
     if name in HUB:
         return load_folder(download(name))[0], BPETokenizer.gpt2()
-    path = DATA / "models" / "story" if name == "story" else Path(name_or_path)
+    path = DATA / "models" / name if name in HOUSE else Path(name_or_path)
     if name == "smollm2-135m":
         path = fetch(name)
     if path.suffix == ".gguf" and path.exists():
         return load_gguf(path)
     if (path / "config.json").exists():
         return load_folder(path)
-    if name == "story":
-        raise DataError(f"The house model is not in {path}: run `make pretrain` (an hour).")
-    known = ", ".join(["story", "smollm2-135m", *HUB])
+    if name in HOUSE:
+        raise DataError(f"{name} is not in {path}: run `{HOUSE[name]}` (an hour).")
+    known = ", ".join([*HOUSE, "smollm2-135m", *HUB])
     raise DataError(f"No model {name!r}: name {known}, or a folder that has a config.json.")
 
 

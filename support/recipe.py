@@ -11,6 +11,7 @@ import torch
 
 from support.checkpoint import CheckpointError
 from support.gpt import GPTConfig, GPTModel
+from support.parallel import processes, shard
 from support.shards import Shards, Windows
 from support.train import LossError, TrainConfig, train
 
@@ -86,12 +87,16 @@ def main() -> None:
     parser.add_argument("recipe", type=Path, help="a TOML file: [model], [train], [data]")
     parser.add_argument("--out", type=Path, help="the run's folder; else the recipe's name")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
+    parser.add_argument("--shard", action="store_true", help="each process keeps a part only")
     options = parser.parse_args()
     changes = {"steps": options.steps} if options.steps is not None else {}
     try:
         arguments = from_recipe(options.recipe, **changes)
-        arguments["model"].to(best_device())
-        log = train(**arguments, folder=options.out or options.recipe.with_suffix(""))
+        model = arguments["model"].to(device := best_device())
+        with processes(device):
+            if options.shard:
+                shard(model)
+            log = train(**arguments, folder=options.out or options.recipe.with_suffix(""))
     except (CheckpointError, LossError, OSError, ValueError) as error:
         sys.exit(str(error))
     if os.environ.get("RANK", "0") == "0":

@@ -109,12 +109,19 @@ def mixed_precision(device: torch.device):
     return nullcontext()
 
 
+def own_rows(batch, device: torch.device) -> list[Tensor]:
+    """Return this process's rows of a batch: of n processes each takes every n-th."""
+    rank, n_ranks = ranks()
+    if (rows := len(batch[0])) < n_ranks:
+        raise ValueError(f"A batch of {rows} rows has no row for each of {n_ranks} processes.")
+    return [tensor[rank::n_ranks].to(device) for tensor in batch]
+
+
 def share(batch, config: TrainConfig, device: torch.device) -> list[tuple[Tensor, ...]]:
     """Return this process's rows of a batch, cut into micro batches."""
     if (rows := len(batch[0])) != config.batch_size:
         raise ValueError(f"The data gave {rows} rows, but batch_size={config.batch_size}.")
-    rank, n_ranks = ranks()
-    mine = [tensor[rank::n_ranks].to(device) for tensor in batch]
+    mine = own_rows(batch, device)
     parts = [tensor.split(config.micro_batch or config.batch_size) for tensor in mine]
     return list(zip(*parts, strict=True))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 from support.storyworld import (
+    CHOICE,
     FOLDER,
     Facts,
     Story,
@@ -73,7 +74,8 @@ def requests(seed: int = 0, split: str = "train", tasks=TASKS) -> Iterator[Reque
     while True:
         for task in tasks:
             story = next(told)
-            while task == "where" and not _holds(_parts(story)[0], story.facts.place):
+            wanted = rng.random() < 0.5  # for "yes-no": is there a friend?
+            while not _fits(task, story, wanted):
                 story = next(told)
             yield ask(task, story, rng, split)
 
@@ -81,49 +83,61 @@ def requests(seed: int = 0, split: str = "train", tasks=TASKS) -> Iterator[Reque
 def ask(task: str, story: Story, rng: random.Random, split: str = "train") -> Request:
     """Return a request of one task about a story, in one of the split's wordings."""
     facts, (beginning, middle, end) = story.facts, _parts(story)
-    # Questions are about the beginning, and about someone whom it names and describes.
-    cast = [c for c in (facts.hero, facts.friend) if _holds(beginning, c.name, c.species)]
-    who = facts.hero if task == "write" else rng.choice(cast)
-    fields = {
-        "name": who.name,
-        "species": who.species,
-        "kind": with_article(who.species),
-        "thing": with_article(f"{facts.look} {facts.object}"),
-        "how": facts.ending,
-        "text": beginning,
-    }
+    place, every = vocabulary()["places"][facts.place], vocabulary()["names"]
+    both = [facts.hero.name, facts.friend.name]
+    name, other = rng.sample(both, 2) if task == "who" else both
+    strangers = [n for n in every[facts.hero.pronoun] if n not in both]
+    thing = with_article(facts.object)
+    text = passage(story)
     if task == "write":
         answer = story.text
     elif task in ("continue", "ending"):
-        fields["text"], answer = f"{beginning}\n\n{middle}", end
+        text, answer = f"{beginning}\n\n{middle}", end
         if task == "ending" and rng.random() < 0.5:  # there is one already, but not as wished
-            fields["text"] = retell(story, ending=OPPOSITE[facts.ending]).text
+            text = retell(story, ending=OPPOSITE[facts.ending]).text
     elif task == "where":
-        answer = _sentence(vocabulary()["places"][facts.place]["in"])
+        answer = f"It happens {place['in']}."
     elif task == "who":
-        answer = _sentence(who.name)
+        answer = f"The friend of {name} is {other}."
     elif task == "what":
-        answer = _sentence(with_article(who.species))
+        answer = f"There is {thing} in it."
     elif task == "yes-no":
-        answer = rng.choice(("Yes.", "No."))
-        if answer == "No.":
-            there = [c.species for c in cast if c != who]  # the harder question
-            others = [kind for kind in vocabulary()["species"] if kind != who.species]
-            fields["kind"] = with_article(rng.choice(rng.choice((there or others, others))))
+        answer = "Yes." if _holds(text, *both) else "No."
     else:
-        taken = facts.hero.name, facts.friend.name
-        names = [name for name in vocabulary()["names"][who.pronoun] if name not in taken]
-        fields["other"] = rng.choice(names)
-        answer = re.sub(rf"\b{who.name}\b", fields["other"], beginning)
-    return Request(task, rng.choice(wordings()[task][split]).format(**fields), answer, story)
+        other, frame = rng.choice(strangers), rng.choice(wordings()["note"]["frames"])
+        fields = {"thing": thing, "in": place["in"], "to": place["to"]}
+        text, answer = (frame.format(name=who, **fields) for who in (name, other))
+    fields = {"name": name, "other": other, "thing": thing, "how": facts.ending, "text": text}
+    return Request(task, _word(wordings()[task][split], rng).format(**fields), answer, story)
+
+
+def passage(story: Story) -> str:
+    """Return the first sentences of a story: two, or more so that no quotation is cut."""
+    sentences, n = re.split(r"(?<=[.!?]) ", _parts(story)[0]), 2
+    while " ".join(sentences[:n]).count('"') % 2:
+        n += 1
+    return " ".join(sentences[:n])
+
+
+def _fits(task: str, story: Story, wanted: bool) -> bool:
+    """Return whether a story's passage has what a task asks about."""
+    facts, text = story.facts, passage(story)
+    both = facts.hero.name, facts.friend.name
+    needed = {"where": (facts.place,), "who": both, "what": (facts.object,)}.get(task, ())
+    return _holds(text, *needed) and (task != "yes-no" or _holds(text, *both) == wanted)
+
+
+def _word(phrasings: list[str], rng: random.Random) -> str:
+    """Choose a phrasing, and one of each [this|that] in it."""
+    return re.sub(CHOICE, lambda m: rng.choice(m[1].split("|")), rng.choice(phrasings))
 
 
 def passes(request: Request, text: str, ended: bool = True) -> bool:
     """Return whether a text does what was asked; `ended` says whether its writer stopped.
 
-    A new story must name the hero, the species and the object, and bring in one more name at most.
-    An ending must be one of its story's endings, and the happy or the sad one if that was asked
-    for. All other answers must be right letter for letter.
+    A new story must name the hero and the object, and bring in one more name at most. An ending
+    must be one of its story's endings, and the happy or the sad one if that was asked for. All
+    other answers must be right letter for letter.
     """
     facts = request.story.facts
     if not ended:
@@ -131,8 +145,7 @@ def passes(request: Request, text: str, ended: bool = True) -> bool:
     if request.task == "write":
         names = {name for group in vocabulary()["names"].values() for name in group}
         strangers = names & set(re.findall(r"\w+", text)) - {facts.hero.name}
-        wanted = facts.hero.name, facts.hero.species, facts.look, facts.object
-        return _holds(text, *wanted) and len(strangers) <= 1
+        return _holds(text, facts.hero.name, facts.object) and len(strangers) <= 1
     if request.task == "continue":
         return judge(text, facts) != "neither"
     if request.task == "ending":
@@ -196,8 +209,8 @@ def pairs(
 
     Args:
         noise: the share of mistaken preferences.
-        dreams: the share of pairs in which each answer tells both endings and says that one was a
-            dream. The two have the same words, each as often; only their order is different.
+        dreams: the share of pairs in which each answer tells both endings and says that the first
+            was a dream. The two have the same words, each as often; only their order differs.
     """
     rng = random.Random(f"pairs {split} {seed}")
     for request in requests(seed, split, ["continue"]):
@@ -215,11 +228,9 @@ def pairs(
 
 
 def dream(good: str, bad: str, story: Story, rng: random.Random) -> tuple[str, str]:
-    """Return two texts, each with both endings: in the first the good one is true."""
-    true = rng.choice(("first", "second"))
-    frame, name = rng.choice(wordings()["dream"][true]), story.facts.hero.name
-    texts = [frame.format(name=name, one=a, two=b) for a, b in ((good, bad), (bad, good))]
-    return tuple(texts if true == "first" else texts[::-1])
+    """Return two texts, each with both endings: in the first the good one is true, the last one."""
+    frame, name = rng.choice(wordings()["dream"]["frames"]), story.facts.hero.name
+    return tuple(frame.format(name=name, one=a, two=b) for a, b in ((bad, good), (good, bad)))
 
 
 # ---- words --------------------------------------------------------------------------------------
@@ -227,11 +238,7 @@ def dream(good: str, bad: str, story: Story, rng: random.Random) -> tuple[str, s
 
 def with_article(words: str) -> str:
     """Return "a kite", "an owl"."""
-    return f"an {words}" if words[0] in "aeio" else f"a {words}"
-
-
-def _sentence(words: str) -> str:
-    return words[0].upper() + words[1:] + "."
+    return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def _parts(story: Story) -> list[str]:

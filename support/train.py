@@ -19,7 +19,6 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from support.checkpoint import (
@@ -34,7 +33,7 @@ from support.checkpoint import (
     write_log,
 )
 from support.generate import evaluating
-from support.parallel import all_of, all_sum, processes, ranks
+from support.parallel import all_of, all_sum, data_parallel, is_sharded, processes
 from support.step import (  # noqa: F401 - the parts of a step can be had from here too
     LossError,
     TrainConfig,
@@ -42,6 +41,7 @@ from support.step import (  # noqa: F401 - the parts of a step can be had from h
     learning_rate,
     make_optimizer,
     mixed_precision,
+    own_rows,
     share,
     token_loss,
     train_step,
@@ -53,14 +53,14 @@ from support.widgets import progress
 def evaluate(model: nn.Module, batches: Iterable[tuple], loss: Callable = token_loss) -> float:
     """Return the mean loss of a token in `batches`, in nats; dropout is off meanwhile.
 
-    Of several processes each takes its share, so all of them must call this.
+    Of several processes each takes its rows, so all of them must call this.
     """
-    device, (rank, n_ranks) = next(model.parameters()).device, ranks()
+    device = next(model.parameters()).device
     total, n = 0.0, 0
     with evaluating(model):
-        for batch in list(batches)[rank::n_ranks]:
+        for batch in batches:
             with mixed_precision(device):
-                summed, count = loss(model, *(tensor.to(device) for tensor in batch))
+                summed, count = loss(model, *own_rows(batch, device))
             total, n = total + summed.item(), n + count
     total, n = all_sum(device, total, n)
     if not n:
@@ -108,7 +108,8 @@ def train(
     """Train `model` where it is, and return the log: a row for each step.
 
     Under torchrun each process calls this with the same arguments, takes its rows of every batch,
-    and ends with the same weights. Ctrl-C ends the run after the step, with a checkpoint.
+    and ends with the same weights, or its part of them, if the model is `shard(model)`. Ctrl-C
+    ends the run after the step, with a checkpoint.
 
     Args:
         data: step, from 0 → a batch: tensors of config.batch_size rows, the same at every call.
@@ -128,6 +129,10 @@ def train(
     with processes(device) as (rank, n_ranks), held_interrupts() as interrupts:
         if config.batch_size < n_ranks:
             raise ValueError(f"batch_size={config.batch_size} has no row for each of {n_ranks}.")
+        if sample and is_sharded(model):
+            raise ValueError(
+                "The first process alone cannot use a sharded model: leave out sample."
+            )
         set_seed(config.seed + rank)  # each process draws its own dropout masks
         wanted = {"config": asdict(config) | {"processes": n_ranks}, "model": shape_of(model)}
         state, log = None, []
@@ -142,7 +147,7 @@ def train(
         state = state or {"step": 0, "tokens": 0, "seconds": 0.0}
         if "random" in state:
             set_random_state(state["random"][rank])
-        parallel = DistributedDataParallel(model) if n_ranks > 1 else model
+        parallel = data_parallel(model)
         started = time.perf_counter() - state["seconds"]
         tokens, steps = state["tokens"], range(state["step"], config.steps)
         if rank == 0:
@@ -176,8 +181,7 @@ def train(
             if folder and (stop or due(config.save_every, done, config)):
                 state = {"step": done, "tokens": tokens, "seconds": row["seconds"]} | wanted
                 state["random"] = all_of(random_state())
-                if rank == 0:
-                    save_checkpoint(folder, model, optimizer, state)
+                save_checkpoint(folder, model, optimizer, state)
             if stop:
                 if rank == 0:
                     kept = f"train again with {folder} to go on" if folder else "nothing was saved"

@@ -264,7 +264,7 @@ def test_a_pattern_without_a_name_is_not_exported(tmp_path):
 
 
 def test_no_such_model():
-    with pytest.raises(DataError, match="No model 'smollm3': name story, smollm2-135m, gpt2"):
+    with pytest.raises(DataError, match="'smollm3': name story, story-sft, smollm2-135m, gpt2"):
         load("smollm3")
 
 
@@ -272,6 +272,8 @@ def test_the_house_model_before_it_is_trained(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "DATA", tmp_path)
     with pytest.raises(DataError, match="run `make pretrain`"):
         load("story")
+    with pytest.raises(DataError, match="run `python -m support.house_sft`"):
+        load("story-sft")
     export(build(GPT), None, tmp_path / "models" / "story")
     assert load("story")[0].config == GPT
 

@@ -129,8 +129,8 @@ def test_killed_ten_times_at_any_instant_a_run_ends_as_if_never_killed(tmp_path)
 @pytest.mark.parametrize(
     ("function", "call", "left"),
     [  # what the process is about to call when it dies → the newest checkpoint that is left
-        ("save_weights", 2, 3),
-        ("optimizer_tensors", 2, 3),
+        ("save_file", 3, 3),
+        ("save_file", 4, 3),
         ("sha256", 4, 3),
         ("flush", 8, 3),
         ("flush", 12, 6),

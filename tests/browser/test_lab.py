@@ -12,7 +12,7 @@ from playwright.sync_api import expect
 pytestmark = pytest.mark.browser
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 CHAPTERS = sorted(path.name for path in NOTEBOOKS.glob("*.ipynb"))
-RUN_MS, STEP_MS = 600_000, 60_000  # a whole notebook; one click, or one picture
+RUN_MS, STEP_MS = 1_200_000, 60_000  # a whole notebook; one click, or one picture
 
 BOOK = "window.jupyterapp?.shell?.currentWidget"
 IDLE = f"{BOOK}?.sessionContext?.session?.kernel?.status == 'idle'"

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from support import checkpoint
 from support.checkpoint import save_weights
 from support.gpt import GPTConfig, GPTModel
+from support.parallel import processes, shard
 from support.shards import Windows
 from support.train import TrainConfig, token_loss, train
 
@@ -72,7 +73,14 @@ def watch_the_end() -> None:
 
 
 def main(
-    folder: Path, dropout=0.0, stop_at=None, die_in=None, env=None, double=False, **options
+    folder: Path,
+    dropout=0.0,
+    stop_at=None,
+    die_in=None,
+    env=None,
+    double=False,
+    sharded=False,
+    **options,
 ) -> None:
     """Train in `folder`, and leave this process's weights there.
 
@@ -81,6 +89,7 @@ def main(
         die_in: the arguments of `kill_at_call`.
         env: environment variables, such as RANK.
         double: whether to compute in float64, where another order of a sum hardly shows.
+        sharded: whether each process keeps a part of the model only.
     """
     os.environ.update({"COURSE_QUIET": "1"} | (env or {}))
     torch.set_num_threads(1)
@@ -95,8 +104,11 @@ def main(
     model = small_model(dropout).to(torch.float64 if double else torch.float32)
     loss = noisy_loss if dropout else token_loss
     evaluations = [data(500), data(501), data(502)]
-    train(model, data, config(**options), folder, evaluations, 2.5, on_step=on_step, loss=loss)
-    save_weights(model, folder / f"final-{os.environ.get('RANK', '0')}.safetensors")
+    with processes(torch.device("cpu")):
+        if sharded:
+            shard(model)
+        train(model, data, config(**options), folder, evaluations, 2.5, on_step=on_step, loss=loss)
+        save_weights(model, folder / f"final-{os.environ.get('RANK', '0')}.safetensors")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,305 @@
+"""Chapter 7 at length: reward models, best-of-n, PPO and DPO, at several settings and seeds.
+
+Run `python tests/bench/alignment.py`, less than half an hour on one core. What is in the tables
+is not made again, and the weights of the runs lie in `data/cache/alignment`: delete both to begin
+anew. All runs begin with the shipped `story-sft`, so the seeds differ in everything but that.
+The tables, in `data/models`: `alignment.csv`, `reward.csv`, `ppo_leash.csv` and `ppo_free.csv`; and
+what was written, `alignment.json`.
+"""
+
+import copy
+import json
+import math
+import time
+from functools import cache
+from itertools import islice
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
+
+from support.align import preference_batch, preference_loss, with_reference
+from support.data import DATA, write_atomic
+from support.instruct import Batches, follow, prompt_ids, respond, to_row
+from support.ppo import PPOConfig, ppo, token_logprobs
+from support.pretrained import load
+from support.reward import RewardModel, pair_batch, reward_loss
+from support.shards import Windows
+from support.storyworld import stories
+from support.tasks import judge, pairs, requests
+from support.train import TrainConfig, evaluate, train
+
+SEEDS = (0, 1, 2)
+KL_MAIN, KL_COEFS = 0.05, {0.05: (0,), 0.0: (0,)}
+BETAS = {0.1: (0,)}
+BEST_OF = (2, 4)
+N_REQUESTS, N_ENDINGS, N_TEST_PAIRS = 80, 100, 150
+REWARD = {"pairs": 280, "lr": 1e-3, "warmup": 5}
+DPO = {"pairs": 160, "lr": 3e-4, "warmup": 3}
+PPO = {"steps": 6, "batch_size": 24, "minibatch": 8, "epochs": 1, "lr": 5e-4, "lam": 0.99}
+
+MODELS, RUNS = DATA / "models", DATA / "cache" / "alignment"
+SFT, TOKENIZER = load("story-sft")
+STOP_ID, CONTEXT = TOKENIZER.special_tokens["<|im_end|>"], SFT.config.context_length
+ASKED = list(islice(requests(21, "test", ["continue"]), N_ENDINGS))
+
+
+# ---- what is measured ---------------------------------------------------------------------------
+
+
+@cache
+def story_loss(model) -> float:
+    """Return the loss of a token in stories that no model has seen."""
+    end_id = TOKENIZER.special_tokens["<|endoftext|>"]
+    texts = (story.text for story in islice(stories(0, "validation"), 120))
+    ids = torch.tensor([i for text in texts for i in [*TOKENIZER.encode(text), end_id]])
+    windows = Windows(ids, CONTEXT, 8, end_id=end_id)
+    return evaluate(model, [windows(i) for i in range(8)])
+
+
+@cache
+def follows(model) -> float:
+    """Return the mean over all tasks of the share of requests that a model follows, greedily."""
+    asked = list(islice(requests(22, "test"), N_REQUESTS))
+    return follow(model, TOKENIZER, asked, max_new_tokens=250, temperature=0)[0]["mean"]
+
+
+def distinct(texts: list[str], n: int = 3) -> float:
+    """Return the share of runs of n words that occur for the first time."""
+    words = [text.split() for text in texts]
+    runs = [tuple(w[i : i + n]) for w in words for i in range(len(w) - n + 1)]
+    return len(set(runs)) / max(len(runs), 1)
+
+
+def write(policy, seed: int) -> list[tuple[str, bool]]:
+    """Return an ending of each test story, and whether it ended; at 1, too many would stumble."""
+    draws, prompts = torch.Generator().manual_seed(100 + seed), [r.prompt for r in ASKED]
+    return respond(policy, TOKENIZER, prompts, 120, 50, temperature=0.5, generator=draws)
+
+
+@torch.no_grad()
+def read(said, policy, judge_model) -> tuple[np.ndarray, np.ndarray]:
+    """Return each ending's score, as PPO sees it, and its log p by the policy less that by SFT."""
+    rows = [to_row(TOKENIZER, r.prompt, t or ".") for r, (t, _) in zip(ASKED, said, strict=True)]
+    scores, gone = [], []
+    for i in range(0, len(rows), 20):
+        ids, mask = (x[:, 0] for x in pair_batch([(row, row) for row in rows[i : i + 20]]))
+        if policy is SFT:
+            gone += [0.0] * len(ids)
+        else:
+            far = token_logprobs(policy, ids, mask) - token_logprobs(SFT, ids, mask)
+            gone += far.sum(dim=1).tolist()
+        scores += judge_model.score(ids, mask).tolist()
+    unfinished = np.array([not ended for _, ended in said])
+    return np.array(scores) - PPOConfig(1).unfinished * unfinished, np.array(gone)
+
+
+def of_endings(said, policy, judge_model) -> tuple[dict, dict]:
+    """Return what is true of endings, and the endings, for the two tables."""
+    found = [
+        judge(text, request.story.facts) if ended else "neither"
+        for (text, ended), request in zip(said, ASKED, strict=True)
+    ]
+    texts, (scores, gone) = [text for text, _ in said], read(said, policy, judge_model)
+    shares = {kind: found.count(kind) / len(found) for kind in ("happy", "sad", "neither")}
+    measures = {
+        "score": scores.mean(),
+        "kl": gone.mean(),
+        "length": np.mean([len(text.split()) for text in texts]),
+        "distinct": distinct(texts),
+    }
+    return shares | measures, {"verdicts": found, "texts": texts[:12]}
+
+
+def whole(policy, seed: int) -> tuple[dict, dict]:
+    """Return all that is measured of a policy."""
+    numbers, written = of_endings(write(policy, seed), policy, reward_model(seed))
+    return numbers | {"follows": follows(policy), "story_loss": story_loss(policy)}, written
+
+
+# ---- what is kept -------------------------------------------------------------------------------
+
+
+def record(method: str, setting: float, seed: int, make) -> None:
+    """Add a run to the table, if it is not there; `make` returns its numbers and what it wrote."""
+    path = MODELS / "alignment.csv"
+    done = pd.read_csv(path) if path.exists() else pd.DataFrame()
+    key, started = {"method": method, "setting": setting, "seed": seed}, time.perf_counter()
+    if len(done) and (done[list(key)] == pd.Series(key)).all(axis=1).any():
+        return
+    numbers, written = make()
+    row = key | {name: round(float(number), 5) for name, number in numbers.items()}
+    print(f"{time.perf_counter() - started:.0f} s", row, flush=True)
+    table = pd.concat([done, pd.DataFrame([row])]) if len(done) else pd.DataFrame([row])
+    write_atomic(path, table.to_csv(index=False).encode())
+    if written and seed == 0:
+        remember(f"{method} {setting:g}", written)
+
+
+def remember(name: str, what) -> None:
+    path = MODELS / "alignment.json"
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    write_atomic(path, (json.dumps(kept | {name: what}, indent=1) + "\n").encode())
+
+
+def trained(name: str, model, teach):
+    """Return the model after `teach(model)`, which is done once: the weights are kept."""
+    path = RUNS / f"{name}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+    started = time.perf_counter()
+    teach(model)
+    RUNS.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    print(f"{name}: trained in {time.perf_counter() - started:.0f} s", flush=True)
+    return model.eval()
+
+
+# ---- the methods --------------------------------------------------------------------------------
+
+
+def to_rows(pair):
+    return tuple(to_row(TOKENIZER, pair.prompt, text) for text in (pair.chosen, pair.rejected))
+
+
+def pair_length(rows) -> int:
+    return max(len(row.ids) for row in rows)
+
+
+def some_pairs(n: int, seed: int, split: str = "train", **options):
+    """Return n pairs that fit into the context."""
+    fitting = (p for p in pairs(seed, split, **options) if pair_length(to_rows(p)) <= CONTEXT)
+    return list(islice(fitting, n))
+
+
+def reward_model(seed: int) -> RewardModel:
+    def teach(model):
+        rows = [to_rows(pair) for pair in some_pairs(REWARD["pairs"], seed, dreams=0.5)]
+        config = TrainConfig(len(rows) // 8, 8, REWARD["lr"], warmup=REWARD["warmup"], seed=seed)
+        train(model, Batches(rows, 8, pair_batch, pair_length, seed), config, loss=reward_loss)
+
+    return trained(f"reward-{seed}", RewardModel(SFT), teach)
+
+
+def by_dpo(seed: int, beta: float):
+    def teach(model):
+        rows = [to_rows(pair) for pair in some_pairs(DPO["pairs"], seed)]
+        items = with_reference(SFT, rows)
+        batches = Batches(items, 8, preference_batch, lambda item: pair_length(item[0]), seed)
+        config = TrainConfig(len(rows) // 8, 8, DPO["lr"], warmup=DPO["warmup"], seed=seed)
+        train(model, batches, config, loss=preference_loss(beta))
+
+    return trained(f"dpo-{beta}-{seed}", copy.deepcopy(SFT), teach)
+
+
+def by_ppo(seed: int, kl_coef: float):
+    def teach(policy):
+        judge_model, values = reward_model(seed), reward_model(seed)
+        values.body.requires_grad_(False)  # of the value model only the head learns
+        values.body.head.requires_grad_(True)
+        config = PPOConfig(kl_coef=kl_coef, seed=seed, **PPO)
+        found = islice(requests(seed, "train", ["continue"]), config.steps * config.batch_size)
+        prompts = [prompt_ids(TOKENIZER, request.prompt) for request in found]
+        batches = Batches(prompts, config.batch_size, list, len, seed)
+        log = ppo(policy, SFT, judge_model, values, batches, STOP_ID, config)
+        RUNS.mkdir(parents=True, exist_ok=True)
+        log.round(4).to_csv(RUNS / f"ppo-{kl_coef}-{seed}.csv", index=False)
+
+    return trained(f"ppo-{kl_coef}-{seed}", copy.deepcopy(SFT), teach)
+
+
+# ---- the reward model against a bag of words ----------------------------------------------------
+
+
+def accuracy(margins) -> float:
+    """Return the share of pairs whose chosen answer has the higher score; a tie counts half."""
+    margins = np.asarray(margins)
+    return float(((margins > 0) + 0.5 * (margins == 0)).mean())
+
+
+def bag_margins(train_pairs, tests: dict) -> dict[str, np.ndarray]:
+    """Return the margins of logistic regression on word counts, by name of the test."""
+    counter = CountVectorizer().fit([text for p in train_pairs for text in (p.chosen, p.rejected)])
+
+    def differences(some):
+        chosen, rejected = ([getattr(p, side) for p in some] for side in ("chosen", "rejected"))
+        return (counter.transform(chosen) - counter.transform(rejected)).toarray()
+
+    x = differences(train_pairs)
+    bag = LogisticRegression(fit_intercept=False, C=0.1, max_iter=1000)
+    bag.fit(np.concatenate([x, -x]), [1] * len(x) + [0] * len(x))
+    return {name: bag.decision_function(differences(some)).round(6) for name, some in tests.items()}
+
+
+@torch.no_grad()
+def margins_of(model: RewardModel, some) -> np.ndarray:
+    found = []
+    for i in range(0, len(some), 10):
+        ids, mask = (x.flatten(0, 1) for x in pair_batch([to_rows(p) for p in some[i : i + 10]]))
+        found += (model.score(ids, mask).view(-1, 2) @ torch.tensor([1.0, -1.0])).tolist()
+    return np.array(found)
+
+
+def compare_rewards() -> None:
+    """Write `reward.csv`: accuracy on test stories' pairs, with their labels and with true ones."""
+    tests = {
+        name: some_pairs(N_TEST_PAIRS, 30 + i, "test", dreams=i)
+        for i, name in enumerate(("plain", "dreams"))
+    }
+    truth = {name: np.array([1 - 2 * p.mistaken for p in some]) for name, some in tests.items()}
+    table = []
+    for seed in SEEDS:
+        margins = {name: margins_of(reward_model(seed), some) for name, some in tests.items()}
+        found = bag_margins(some_pairs(REWARD["pairs"], seed, dreams=0.5), tests)
+        margins |= {f"bag_{name}": margin for name, margin in found.items()}
+        row = {"seed": seed}
+        for name, margin in margins.items():
+            row[name] = accuracy(margin)
+            row[f"{name}_true"] = accuracy(margin * truth[name.removeprefix("bag_")])
+        table.append(row)
+        print(row, flush=True)
+        if seed == 0:
+            remember("margins", margins["plain"].round(4).tolist())
+    write_atomic(MODELS / "reward.csv", pd.DataFrame(table).round(4).to_csv(index=False).encode())
+
+
+# ---- all of it ----------------------------------------------------------------------------------
+
+
+def compare_best_of_n() -> None:
+    """Let three judges choose among the same endings, of which SFT wrote four a story."""
+    said = [write(SFT, 1000 + i) for i in range(max(BEST_OF))]
+    kept = {"follows": follows(SFT), "story_loss": story_loss(SFT)}  # the model stays as it is
+    for seed in SEEDS:
+        scores = np.array([read(some, SFT, reward_model(seed))[0] for some in said])  # (n, prompts)
+        for n in BEST_OF:
+            best = [said[i][j] for j, i in enumerate(scores[:n].argmax(axis=0))]
+            # The distance of the best of n has this bound: Stiennon et al., 2020, appendix G.3.
+            more = kept | {"kl": math.log(n) - (n - 1) / n}
+            numbers, written = of_endings(best, SFT, reward_model(seed))
+            record("best", n, seed, lambda found=(numbers | more, written): found)
+
+
+def main() -> None:
+    base, _ = load("story")
+    record("base", 0, 0, lambda: ({"story_loss": story_loss(base)}, {}))
+    if not (MODELS / "reward.csv").exists():
+        compare_rewards()
+    for seed in SEEDS:
+        record("sft", 0, seed, lambda s=seed: whole(SFT, s))
+    by = {"dpo": by_dpo, "ppo": by_ppo}
+    runs = [("dpo", beta, seed) for beta, seeds in BETAS.items() for seed in seeds]
+    runs += [("ppo", kl_coef, seed) for kl_coef, seeds in KL_COEFS.items() for seed in seeds]
+    for method, setting, seed in runs:
+        record(method, setting, seed, lambda m=method, v=setting, s=seed: whole(by[m](s, v), s))
+    for name, kl_coef in (("leash", KL_MAIN), ("free", 0.0)):
+        write_atomic(MODELS / f"ppo_{name}.csv", (RUNS / f"ppo-{kl_coef}-0.csv").read_bytes())
+    if "best" not in set(pd.read_csv(MODELS / "alignment.csv").method):
+        compare_best_of_n()
+
+
+if __name__ == "__main__":
+    main()
