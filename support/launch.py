@@ -36,8 +36,8 @@ def torchrun(
     line += map(str, command)
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     settings = {"OMP_NUM_THREADS": "1", "COURSE_QUIET": "1", "PYTHONUNBUFFERED": "1"}
-    # Each start meets in a store of its own: in a shared one, workers that were started anew find the
-    # addresses of those that died, and wait for them.
+    # Each start meets in a store of its own: in a shared one, workers that are started anew find
+    # the addresses of those that died, and wait for them.
     settings["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     if loopback:
         settings["GLOO_SOCKET_IFNAME"] = loopback[0]
