@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from support.data import write_atomic
+from support.features import add_tensor
 from support.lora import (
     LoRALayer,
     LoRALinear,
@@ -42,9 +43,7 @@ def fingerprint(layers: Iterable[nn.Linear | LoRALinear]) -> str:
     """Return a hash of the layers' own weights, whatever adapters they have."""
     digest = hashlib.sha256()
     for layer in layers:
-        weight = layer.weight.detach().cpu().contiguous()
-        digest.update(f"{tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(weight.flatten().view(torch.uint8).numpy())
+        add_tensor(digest, layer.weight)
     return digest.hexdigest()
 
 

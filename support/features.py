@@ -80,13 +80,19 @@ def hidden_states(model: nn.Module, rows: Sequence) -> list[Tensor]:
     return states
 
 
+def add_tensor(digest, tensor: Tensor) -> None:
+    """Let a hash depend on a tensor: its shape, its kind of numbers, and each of their bytes."""
+    digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
+    digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
 def fingerprint(model: nn.Module, rows: Sequence) -> str:
     """Return a hash of all that the hidden states depend on: the model, its weights, the rows."""
     digest = hashlib.sha256(f"{type(model).__name__} {model.config}".encode())
     named = [*model.state_dict().items(), *(("row", torch.as_tensor(row)) for row in rows)]
     for name, tensor in named:
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(f"{name} ".encode())
+        add_tensor(digest, tensor)
     return digest.hexdigest()
 
 
