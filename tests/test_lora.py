@@ -30,7 +30,6 @@ from support.lora import (
     unwrap,
     use_adapter,
 )
-from support.mirrored import ANIMALS, SPLITS, who_did_what
 from support.pretrained import export, load
 from support.quantize import quantized
 from support.step import make_optimizer
@@ -386,27 +385,3 @@ def test_a_layer_of_its_own_can_be_wrapped():
     layer = LoRALinear(linear)
     x = torch.randn(2, 4)
     assert torch.equal(layer(x), linear(x)) and layer.weight is linear.weight
-
-
-# ---- who did what -------------------------------------------------------------------------------
-
-
-def test_only_the_order_tells_who_did_it_and_no_pair_is_in_two_splits():
-    met = {}
-    for split in SPLITS:
-        texts, labels = who_did_what(300, seed=3, split=split)
-        assert (texts, labels) == who_did_what(300, seed=3, split=split)
-        assert len(texts) == len(labels) == 300
-        met[split] = set()
-        for (a, b), (i, j) in zip(
-            zip(texts[::2], texts[1::2], strict=True),
-            zip(labels[::2], labels[1::2], strict=True),
-            strict=True,
-        ):
-            words = [sorted(text.lower().strip(".").split()) for text in (a, b)]
-            assert words[0] == words[1]
-            assert i != j and {ANIMALS[i], ANIMALS[j]} <= set(a.lower().strip(".").split())
-            met[split].add(frozenset((i, j)))
-    assert not met["train"] & (met["test"] | met["new wordings"])
-    with pytest.raises(ValueError, match="no split 'validation': choose train, test"):
-        who_did_what(2, split="validation")
