@@ -11,7 +11,7 @@ from torch import Tensor
 from support.llama import GroupedQueryAttention, rotate
 
 
-def window_mask(
+def sliding_mask(
     n_queries: int, n_keys: int, window: int, device: torch.device | None = None
 ) -> Tensor:
     """Return where a query may look, (T, S): at itself and at the window - 1 tokens before it.
@@ -62,6 +62,6 @@ class SlidingWindowAttention(GroupedQueryAttention):
         q, k = rotate(q, *rotation), rotate(k, *rotation)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, g, S, d), with S of at most window - 1 + T
-        allowed = window_mask(T, k.shape[2], self.window, x.device)
+        allowed = sliding_mask(T, k.shape[2], self.window, x.device)
         heads = F.scaled_dot_product_attention(q, k, v, allowed, enable_gqa=True)
         return self.W_o(heads.transpose(1, 2).reshape(B, T, C))

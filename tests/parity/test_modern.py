@@ -16,7 +16,7 @@ from transformers.models.mixtral.modeling_mixtral import (
 
 from support.experts import MixtureOfExperts, balancing_loss, route
 from support.llama import GroupedQueryAttention, RMSNorm, RotaryEmbedding, SwiGLU, rotate
-from support.window import SlidingWindowAttention, WindowCache, window_mask
+from support.window import SlidingWindowAttention, WindowCache, sliding_mask
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 import record
@@ -94,7 +94,7 @@ def test_attention_of_all_groupings(h, g, T):
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 6, 7, 50])
-def test_window_mask_is_that_of_transformers(window):
+def test_sliding_mask_is_that_of_transformers(window):
     config = changed(record.MISTRAL, sliding_window=window)
     theirs = create_sliding_window_causal_mask(
         config=config,
@@ -104,8 +104,8 @@ def test_window_mask_is_that_of_transformers(window):
         position_ids=torch.arange(7)[None],
     )
     want = torch.ones(7, 7).tril().bool() if theirs is None else theirs[0, 0] == 0
-    assert torch.equal(window_mask(7, 7, window), want)
-    assert torch.equal(window_mask(3, 7, window), want[4:])
+    assert torch.equal(sliding_mask(7, 7, window), want)
+    assert torch.equal(sliding_mask(3, 7, window), want[4:])
 
 
 @pytest.mark.parametrize("window", [1, 2, 5, 9, 20])
@@ -117,7 +117,7 @@ def test_window_attention_is_mistrals_also_from_a_cache(window, steps):
     ours, rope = SlidingWindowAttention(24, 6, 2, window), RotaryEmbedding(4, 100.0)
     ours.load_state_dict(by_our_names(theirs))
     cos_sin = modeling_llama.LlamaRotaryEmbedding(record.LLAMA)(x, torch.arange(9)[None])
-    mask = torch.zeros(9, 9).masked_fill(~window_mask(9, 9, window), -torch.inf)[None, None]
+    mask = torch.zeros(9, 9).masked_fill(~sliding_mask(9, 9, window), -torch.inf)[None, None]
     want, cache, end = theirs(x, cos_sin, mask)[0], WindowCache(window), 0
     for step in steps:
         start, end = end, end + step
@@ -139,7 +139,7 @@ def test_a_window_as_long_as_the_text_changes_nothing():
 
 def test_no_window_at_all_is_refused():
     with pytest.raises(ValueError, match="window=0 must be at least 1"):
-        window_mask(3, 3, 0)
+        sliding_mask(3, 3, 0)
 
 
 # ---- the experts --------------------------------------------------------------------------------
