@@ -93,8 +93,10 @@ def ask(task: str, story: Story, rng: random.Random, split: str = "train") -> Re
         answer = story.text
     elif task in ("continue", "ending"):
         text, answer = f"{beginning}\n\n{middle}", end
-        if task == "ending" and rng.random() < 0.5:  # there is one already, but not as wished
-            text = retell(story, ending=OPPOSITE[facts.ending]).text
+        if task == "ending":
+            answer = f"Here is a {facts.ending} end. {end}"  # what is to come, said first
+            if rng.random() < 0.25:  # there is an end already, but not as wished
+                text = retell(story, ending=OPPOSITE[facts.ending]).text
     elif task == "where":
         answer = f"It happens {place['in']}."
     elif task == "who":
@@ -108,7 +110,7 @@ def ask(task: str, story: Story, rng: random.Random, split: str = "train") -> Re
         fields = {"thing": thing, "in": place["in"], "to": place["to"]}
         text, answer = (frame.format(name=who, **fields) for who in (name, other))
     fields = {"name": name, "other": other, "thing": thing, "how": facts.ending, "text": text}
-    return Request(task, _word(wordings()[task][split], rng).format(**fields), answer, story)
+    return Request(task, _wording(task, split, rng).format(**fields), answer, story)
 
 
 def passage(story: Story) -> str:
@@ -125,6 +127,15 @@ def _fits(task: str, story: Story, wanted: bool) -> bool:
     both = facts.hero.name, facts.friend.name
     needed = {"where": (facts.place,), "who": both, "what": (facts.object,)}.get(task, ())
     return _holds(text, *needed) and (task != "yes-no" or _holds(text, *both) == wanted)
+
+
+def _wording(task: str, split: str, rng: random.Random) -> str:
+    """Choose a wording; in training one in three has an opening, which may stand before any."""
+    found, openings = _word(wordings()[task][split], rng), wordings()["opening"][split]
+    if not openings or rng.random() > 1 / 3:
+        return found
+    text, asked = re.fullmatch(r"({text}\n\n)?(.*)", found, re.DOTALL).groups("")
+    return f"{text}{_word(openings, rng)} {asked}"
 
 
 def _word(phrasings: list[str], rng: random.Random) -> str:
