@@ -128,6 +128,15 @@ class GroupedQueryAttention(nn.Module):
         self.W_v = nn.Linear(d_model, n_kv_heads * self.d_head, bias=False)
         self.W_o = nn.Linear(d_model, d_model, bias=False)
 
+    def project(self, x: Tensor, rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, h, T, d), keys and values (B, g, T, d); q and k are turned."""
+        B, T, _ = x.shape
+        q, k, v = (
+            W(x).view(B, T, -1, self.d_head).transpose(1, 2)  # (B, h or g, T, d)
+            for W in (self.W_q, self.W_k, self.W_v)
+        )
+        return rotate(q, *rotation), rotate(k, *rotation), v
+
     def forward(self, x: Tensor, rotation, mask=None, cache: KVCache | None = None) -> Tensor:
         """Return (B, T, C) for x (B, T, C).
 
@@ -136,11 +145,7 @@ class GroupedQueryAttention(nn.Module):
             mask, cache: as in `MultiHeadAttention`.
         """
         B, T, C = x.shape
-        q, k, v = (
-            W(x).view(B, T, -1, self.d_head).transpose(1, 2)  # (B, h or g, T, d)
-            for W in (self.W_q, self.W_k, self.W_v)
-        )
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = self.project(x, rotation)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, g, S, d)
         S = k.shape[2]

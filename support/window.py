@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from support.llama import GroupedQueryAttention, rotate
+from support.llama import GroupedQueryAttention
 
 
 def sliding_mask(
@@ -55,11 +55,7 @@ class SlidingWindowAttention(GroupedQueryAttention):
     def forward(self, x: Tensor, rotation, cache: WindowCache | None = None) -> Tensor:
         """Return (B, T, C) for x (B, T, C) and the rotation of its positions."""
         B, T, C = x.shape
-        q, k, v = (
-            W(x).view(B, T, -1, self.d_head).transpose(1, 2)  # (B, h or g, T, d)
-            for W in (self.W_q, self.W_k, self.W_v)
-        )
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k, v = self.project(x, rotation)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, g, S, d), with S of at most window - 1 + T
         allowed = sliding_mask(T, k.shape[2], self.window, x.device)

@@ -32,9 +32,8 @@ RATES = {
 }
 RANKS = (1, 32)  # of LoRA on the first task, besides 8
 STORY, TOKENIZER = load("story")
-PARTS = {"training": "training", "new pairs": "test", "new pairs, new wordings": "new wordings"}
-SENTENCES = {PARTS[part]: zip(*made, strict=True) for part, made in who_did_it().items()}
-SENTENCES = {part: (list(texts), list(whos)) for part, (texts, whos) in SENTENCES.items()}
+TOLD = who_did_it()
+TESTS = {"test": "new pairs", "new wordings": "new pairs, new wordings"}  # column: what it is of
 
 
 def adapt(model, method: str, rank: int):
@@ -74,13 +73,14 @@ def who(method: str, lr: float, seed: int, rank: int = 8) -> dict:
     else:
         adapt(model, method, rank)
     model.backbone.head.requires_grad_(True)
-    rows = {part: encode(texts, TOKENIZER) for part, (texts, _) in SENTENCES.items()}
-    batches = Batches(rows["training"], SENTENCES["training"][1], 16, seed)
+    rows = {part: encode([text for text, _ in made], TOKENIZER) for part, made in TOLD.items()}
+    labels = {part: torch.tensor([who for _, who in made]) for part, made in TOLD.items()}
+    batches = Batches(rows["training"], labels["training"], 16, seed)
     config = TrainConfig(200, 16, lr, warmup=15, weight_decay=0.01, seed=seed)
     found = learn(model, batches, config, class_loss)
-    for part in ("test", "new wordings"):
-        right = predict(model, rows[part]).argmax(dim=1) == torch.tensor(SENTENCES[part][1])
-        found[part] = right.float().mean().item()
+    for column, part in TESTS.items():
+        right = predict(model, rows[part]).argmax(dim=1) == labels[part]
+        found[column] = right.float().mean().item()
     return found
 
 

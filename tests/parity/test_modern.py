@@ -30,10 +30,6 @@ def changed(config, **settings):
     return type(config)(**config.to_diff_dict() | {"attn_implementation": "eager"} | settings)
 
 
-def by_our_names(attention) -> dict:
-    return {f"W_{name[0]}.weight": weight for name, weight in attention.state_dict().items()}
-
-
 def test_what_is_recorded_is_what_transformers_computes():
     stored, fresh = load_file(record.PATH), record.record()
     assert stored.keys() == fresh.keys()
@@ -83,7 +79,7 @@ def test_attention_of_all_groupings(h, g, T):
     config = changed(record.LLAMA, num_attention_heads=h, num_key_value_heads=g, head_dim=24 // h)
     theirs = record.shaken(modeling_llama.LlamaAttention(config, 0))
     ours, x = GroupedQueryAttention(24, h, g), torch.randn(2, T, 24)
-    ours.load_state_dict(by_our_names(theirs))
+    ours.load_state_dict(record.by_our_names(theirs))
     positions = torch.arange(11, 11 + T)  # not from 0
     cos_sin = modeling_llama.LlamaRotaryEmbedding(config)(x, positions[None])
     causal = torch.full((T, T), -torch.inf).triu(1)[None, None]
@@ -115,7 +111,7 @@ def test_window_attention_is_mistrals_also_from_a_cache(window, steps):
     config = changed(record.MISTRAL, sliding_window=window)
     theirs, x = record.shaken(MistralAttention(config, 0)), torch.randn(2, 9, 24)
     ours, rope = SlidingWindowAttention(24, 6, 2, window), RotaryEmbedding(4, 100.0)
-    ours.load_state_dict(by_our_names(theirs))
+    ours.load_state_dict(record.by_our_names(theirs))
     cos_sin = modeling_llama.LlamaRotaryEmbedding(record.LLAMA)(x, torch.arange(9)[None])
     mask = torch.zeros(9, 9).masked_fill(~sliding_mask(9, 9, window), -torch.inf)[None, None]
     want, cache, end = theirs(x, cos_sin, mask)[0], WindowCache(window), 0

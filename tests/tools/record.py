@@ -47,6 +47,11 @@ def shaken(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
+def by_our_names(attention: nn.Module) -> dict[str, Tensor]:
+    """Return the weights of an attention by our names: q_proj is W_q."""
+    return {f"W_{name[0]}.weight": weight for name, weight in attention.state_dict().items()}
+
+
 def experts(block: MixtralSparseMoeBlock) -> dict[str, Tensor]:
     """Return the weights of Mixtral's experts by our names; it keeps them in two tensors."""
     found = {"router.weight": block.gate.weight}
@@ -89,8 +94,7 @@ def record() -> dict[str, Tensor]:
     attention = shaken(modeling_llama.LlamaAttention(LLAMA, 0))
     sliding = shaken(MistralAttention(MISTRAL, 0))
     for part, module, mask in (("attention", attention, causal), ("window", sliding, window)):
-        weights = {f"W_{name[0]}.weight": weight for name, weight in module.state_dict().items()}
-        add(part, weights, x, module(x, turns(x, positions), attention_mask=mask)[0])
+        add(part, by_our_names(module), x, module(x, turns(x, positions), attention_mask=mask)[0])
     block = shaken(MixtralSparseMoeBlock(MIXTRAL))
     add("experts", experts(block), x, block(x))
     logits = torch.randn(50, 5)
