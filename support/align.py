@@ -48,12 +48,21 @@ def pair_logprobs(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return token_logprobs(model, ids.flatten(0, 1), mask.flatten(0, 1)).sum(dim=1).view(-1, 2)
 
 
-def preference_loss(beta: float) -> Callable:
-    """Return DPO's loss for `train`, whose batches are ids, mask and the reference's log p."""
+def preference_loss(beta: float, sft_coef: float = 0.0) -> Callable:
+    """Return DPO's loss for `train`, whose batches are ids, mask and the reference's log p.
+
+    Args:
+        beta: as in `dpo_loss`.
+        sft_coef: weight of SFT's loss, the mean of -log p over the tokens of the chosen answers.
+            It keeps them from becoming less likely. Pang et al., Iterative Reasoning Preference
+            Optimization, 2024, equation 1.
+    """
 
     def loss(model, ids, mask, reference):
-        losses = dpo_loss(pair_logprobs(model, ids, mask), reference, beta)
-        return losses.sum(), len(losses)
+        logprobs = pair_logprobs(model, ids, mask)
+        losses = dpo_loss(logprobs, reference, beta)
+        told = -logprobs[:, 0].sum() / mask[:, 0].sum()
+        return losses.sum() + sft_coef * told * len(losses), len(losses)
 
     return loss
 

@@ -172,12 +172,15 @@ def respond(
     """
     stop_id = tokenizer.special_tokens[STOP]
     prompts = [prompt_ids(tokenizer, instruction) for instruction in instructions]
+    context = model.config.context_length
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike, so little padding
+    roomy = sum(len(prompt) + max_new_tokens <= context for prompt in prompts)
+    parts = order[:roomy], order[roomy:]  # no long prompt cuts a story short
+    batches = [p[i : i + batch_size] for p in parts for i in range(0, len(p), batch_size)]
     answers = [("", False)] * len(prompts)
-    for first in progress(range(0, len(order), batch_size), "answers"):
-        batch = order[first : first + batch_size]
+    for batch in progress(batches, "answers"):
         asked = [prompts[i] for i in batch]
-        room = model.config.context_length - len(asked[-1])
+        room = context - len(asked[-1])
         if room < 1:
             raise ValueError(f"A prompt of {len(asked[-1])} tokens leaves no room for an answer.")
         rows = generate(model, asked, min(max_new_tokens, room), stop_id=stop_id, **sampling)

@@ -8,6 +8,7 @@ Instructions with Human Feedback, 2022, section 3.5.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 import pandas as pd
 import torch
@@ -88,6 +89,16 @@ def value_loss(
     return masked_mean(worse, mask) / 2
 
 
+def guess_loss(value_model, ids: Tensor, mask: Tensor, scores: Tensor) -> tuple[Tensor, int]:
+    """Return the squared errors of guesses of scores, summed over tokens, and how many those are.
+
+    A `loss` for `train`: what a value model can learn before there is a policy. scores: (B,).
+    """
+    asked = mask[:, 1:]
+    errors = (value_model(ids)[:, :-1] - scores[:, None])[asked]
+    return (errors**2).sum(), len(errors)
+
+
 def adapted(kl_coef: float, kl: float, target: float, n: int, horizon: int) -> float:
     """Return the coefficient after n answers: larger if kl is above the target, else smaller.
 
@@ -104,13 +115,14 @@ class PPOConfig:
     Args:
         steps: how often answers are written; batch_size of them each time.
         minibatch: answers for each change of the weights; all come `epochs` times.
-        lr, value_lr: of the policy and of the value model.
+        lr, value_lr: of the policy and of the value model, after a short rise; then they fall to 0.
         kl_coef: what a nat of distance from the reference costs; 0 switches the penalty off.
         target_kl: nats an answer; kl_coef adapts to reach it. None keeps kl_coef.
         horizon: answers until kl_coef has followed.
         clip, value_clip, gamma, lam: as in `policy_loss`, `value_loss` and `gae`.
         max_new_tokens: the longest answer.
         unfinished: what an answer that does not end loses.
+        sft_coef: weight of -log p of a token of right answers; see `examples` of `ppo`.
         seed: of the sampling.
     """
 
@@ -129,6 +141,7 @@ class PPOConfig:
     lam: float = 0.95
     max_new_tokens: int = 110
     unfinished: float = 1.0
+    sft_coef: float = 0.0
     seed: int = 0
 
 
@@ -174,7 +187,7 @@ def weigh(rolled: Rollouts, kl_coef: float, config: PPOConfig) -> tuple[Tensor, 
     return whiten(advantages, answer), advantages + rolled.values
 
 
-def ppo_step(policy, value_model, optimizer, rolled: Rollouts, weighed, rows, config) -> Tensor:
+def ppo_step(policy, value_model, optimizer, rolled: Rollouts, weighed, rows, shown, config):
     """Let policy and value model learn from some rows; return the ratios of their tokens, (N,)."""
     ids, mask, old = rolled.ids[rows], rolled.mask[rows], rolled.logprobs[rows]
     advantages, returns = (tensor[rows] for tensor in weighed)
@@ -182,6 +195,9 @@ def ppo_step(policy, value_model, optimizer, rolled: Rollouts, weighed, rows, co
     logprobs, values = token_logprobs(policy, ids, mask), value_model(ids)[:, :-1]
     loss = policy_loss(logprobs, old, advantages, answer, config.clip)
     loss = loss + value_loss(values, rolled.values[rows], returns, answer, config.value_clip)
+    if shown:
+        told = masked_mean(token_logprobs(policy, *shown), shown[1][:, 1:])
+        loss = loss - config.sft_coef * told
     optimizer.zero_grad()
     loss.backward()
     for group in optimizer.param_groups:  # the two models share no weights
@@ -198,6 +214,7 @@ def ppo(
     prompts: Callable[[int], list[list[int]]],
     stop_id: int,
     config: PPOConfig,
+    examples: Callable[[int], tuple[Tensor, Tensor]] | None = None,
     on_step: Callable[[dict], None] | None = None,
 ) -> pd.DataFrame:
     """Let `policy` learn, where it is, to write what `reward_model` likes; return the log.
@@ -207,13 +224,21 @@ def ppo(
         value_model: learns what to expect; usually begins as a copy of the reward model.
         prompts: step, from 0 → batch_size prompts.
         stop_id: ends an answer.
+        examples: change of the weights, from 0 → ids and mask of right answers. With
+            config.sft_coef they keep the policy from forgetting how to write (PPO-ptx: Ouyang et
+            al., 2022, equation 2).
         on_step: gets each row of the log.
     """
     rates = (policy, config.lr), (value_model, config.value_lr)
     groups = [{"params": learned(model), "lr": lr} for model, lr in rates]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    rise = config.steps // 10
+    paced = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (rise + 1), 1) * (1 - step / config.steps)
+    )
     draws = torch.Generator().manual_seed(config.seed)
     models, kl_coef, log = (policy, reference, reward_model, value_model), config.kl_coef, []
+    changes = count()
     with evaluating(policy), evaluating(value_model):  # dropout would change the ratios
         for step in progress(range(config.steps), "PPO"):
             rolled = roll_out(*models, prompts(step), stop_id, config, draws)
@@ -222,8 +247,10 @@ def ppo(
                 for rows in torch.randperm(len(rolled.ids), generator=draws).split(
                     config.minibatch
                 ):
+                    shown = examples(next(changes)) if examples else None
                     state = policy, value_model, optimizer, rolled, weighed
-                    ratios.append(ppo_step(*state, rows, config))
+                    ratios.append(ppo_step(*state, rows, shown, config))
+            paced.step()
             log.append({"step": step + 1, "kl_coef": kl_coef} | summary(rolled, ratios, config))
             if on_step:
                 on_step(log[-1])
@@ -231,6 +258,17 @@ def ppo(
                 n = len(rolled.ids)
                 kl_coef = adapted(kl_coef, log[-1]["kl"], config.target_kl, n, config.horizon)
     return pd.DataFrame(log)
+
+
+def only_top(model: nn.Module, blocks: int) -> nn.Module:
+    """Let only the last blocks of a model and its last norm learn; return the model.
+
+    Few answers say little about the lower blocks: their gradients are mostly noise.
+    """
+    model.requires_grad_(False)
+    for part in (*model.blocks[len(model.blocks) - blocks :], model.ln):
+        part.requires_grad_(True)
+    return model
 
 
 def learned(model: nn.Module) -> list[nn.Parameter]:

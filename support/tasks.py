@@ -7,7 +7,7 @@ from the story world. Neither a wording nor a story occurs in two splits.
 import random
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
@@ -44,7 +44,7 @@ class Request:
 class Pair:
     """Two answers to a request for an ending, and which of them somebody preferred.
 
-    `mistaken` says that this was the sad one, although people like happy endings.
+    `mistaken` says that this was the other one than they like.
     """
 
     prompt: str
@@ -94,7 +94,7 @@ def ask(task: str, story: Story, rng: random.Random, split: str = "train") -> Re
     elif task in ("continue", "ending"):
         text, answer = f"{beginning}\n\n{middle}", end
         if task == "ending":
-            answer = f"Here is a {facts.ending} end. {end}"  # what is to come, said first
+            answer = announce(facts.ending) + end
             if rng.random() < 0.25:  # there is an end already, but not as wished
                 text = retell(story, ending=OPPOSITE[facts.ending]).text
     elif task == "where":
@@ -214,28 +214,42 @@ def _grams(text: str) -> list[tuple[str, ...]]:
 
 
 def pairs(
-    seed: int = 0, split: str = "train", noise: float = 0.1, dreams: float = 0.0
+    seed: int = 0,
+    split: str = "train",
+    noise: float = 0.1,
+    dreams: float = 0.0,
+    tasks: Sequence[str] = ("continue",),
 ) -> Iterator[Pair]:
-    """Yield pairs of endings of the same story without end, the happy one preferred.
+    """Yield pairs of endings of the same story without end, the better one preferred.
+
+    The happy one is, except where a sad one was asked for.
 
     Args:
         noise: the share of mistaken preferences.
         dreams: the share of pairs in which each answer tells both endings and says that the first
             was a dream. The two have the same words, each as often; only their order differs.
+        tasks: of the requests, in turn: "continue" or "ending".
     """
     rng = random.Random(f"pairs {split} {seed}")
-    for request in requests(seed, split, ["continue"]):
+    for request in requests(seed, split, tasks):
         story = request.story
-        both = {
-            ending: tell_ending(replace(story.facts, ending=ending), story.seed)
-            for ending in OPPOSITE
-        }
-        good, bad = both["happy"], both["sad"]
-        if rng.random() < dreams:
+        wanted = story.facts.ending if request.task == "ending" else "happy"
+        good, bad = (
+            tell_ending(replace(story.facts, ending=ending), story.seed)
+            for ending in (wanted, OPPOSITE[wanted])
+        )
+        if request.task == "ending":
+            good, bad = announce(wanted) + good, announce(OPPOSITE[wanted]) + bad
+        elif rng.random() < dreams:
             good, bad = dream(good, bad, story, rng)
         mistaken = rng.random() < noise
         chosen, rejected = (bad, good) if mistaken else (good, bad)
         yield Pair(request.prompt, chosen, rejected, story, mistaken)
+
+
+def announce(ending: str) -> str:
+    """Return what an answer says first, if an ending was asked for: which one is to come."""
+    return f"Here is a {ending} end. "
 
 
 def dream(good: str, bad: str, story: Story, rng: random.Random) -> tuple[str, str]:

@@ -51,10 +51,10 @@ def test_the_shipped_model_has_the_recorded_loss(shipped):
 
 def test_the_shipped_model_does_what_it_is_asked(shipped):
     stored = pd.read_csv(FOLDER / "test.csv", index_col="task").loc["mean"]
-    assert stored["story"] < 0.2 and stored["story-sft"] > 0.6
+    assert stored["story"] < 0.2 and stored["story-sft"] >= 0.9
     asked = list(islice(requests(77, "test"), 48))  # not those of test.csv
-    shares, _ = follow(*shipped, asked, max_new_tokens=250, temperature=0)
-    assert shares["mean"] > 0.5
+    shares, _ = follow(*shipped, asked, max_new_tokens=300, temperature=0)
+    assert shares["mean"] > 0.8
 
 
 def test_the_shipped_model_still_tells_stories(shipped):

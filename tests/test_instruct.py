@@ -176,6 +176,11 @@ def test_respond_returns_each_answer_in_its_place_and_says_whether_it_ended(toke
     together = respond(real, tokenizer, asked, max_new_tokens=5, batch_size=5, temperature=0)
     alone = [respond(real, tokenizer, [a], max_new_tokens=5, temperature=0)[0] for a in asked]
     assert together == alone and len(set(together)) > 1
+    crowded = "Is it so?"  # leaves room for two tokens
+    while len(prompt_ids(tokenizer, crowded)) < model.config.context_length - 2:
+        crowded += "?"
+    together = respond(model, tokenizer, [asked[4], crowded], 20, temperature=0, use_cache=False)
+    assert together[0] == found[4] and not together[1][1]
     with pytest.raises(ValueError, match="leaves no room for an answer"):
         respond(real, tokenizer, ["long " * 80])
 

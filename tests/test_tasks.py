@@ -221,6 +221,19 @@ def test_pairs_have_both_endings_of_one_story_and_the_noise_that_is_said():
     assert not any(pair.mistaken for pair in itertools.islice(pairs(1, noise=0), 300))
 
 
+def test_who_asks_for_an_ending_prefers_the_one_asked_for():
+    found = list(itertools.islice(pairs(1, noise=0, tasks=["continue", "ending"]), 400))
+    asked = found[1::2]
+    assert all(judge(pair.chosen, pair.story.facts) == "happy" for pair in found[::2])
+    for pair in asked:
+        wanted = pair.story.facts.ending
+        assert wanted in pair.prompt
+        for text, ending in ((pair.chosen, wanted), (pair.rejected, OPPOSITE[wanted])):
+            assert text.startswith(f"Here is a {ending} end. ")
+            assert judge(text, pair.story.facts) == ending
+    assert 60 < sum(pair.story.facts.ending == "sad" for pair in asked) < 140
+
+
 def test_dreams_have_the_same_words_in_both_answers():
     found = list(itertools.islice(pairs(1, "test", noise=0, dreams=1), 300))
     for pair in found:

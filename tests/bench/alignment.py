@@ -1,15 +1,17 @@
 """Chapter 7 at length: reward models, best-of-n, PPO and DPO, at several settings and seeds.
 
-Run `python tests/bench/alignment.py`, less than half an hour on one core. What is in the tables
-is not made again, and the weights of the runs lie in `data/cache/alignment`: delete both to begin
-anew. All runs begin with the shipped `story-sft`, so the seeds differ in everything but that.
-The tables, in `data/models`: `alignment.csv`, `reward.csv`, `ppo_leash.csv` and `ppo_free.csv`; and
-what was written, `alignment.json`.
+Run `python tests/bench/alignment.py`, two hours on one core. What is in the tables is not made
+again, and the weights of the runs lie in `data/cache/alignment`: delete both to begin anew. To use
+two cores, run it with `ppo` and, in another window, with `dpo`, and at last with neither. All runs
+begin with the shipped `story-sft`, so the seeds differ in everything but that. The tables, in
+`data/models`: `alignment.csv`, `reward.csv`, `agreement.csv`, `ppo_leash.csv` and `ppo_free.csv`;
+and what was written, `alignment.json`.
 """
 
 import copy
 import json
 import math
+import sys
 import time
 from functools import cache
 from itertools import islice
@@ -22,8 +24,9 @@ from sklearn.linear_model import LogisticRegression
 
 from support.align import preference_batch, preference_loss, with_reference
 from support.data import DATA, write_atomic
-from support.instruct import Batches, follow, prompt_ids, respond, to_row
-from support.ppo import PPOConfig, ppo, token_logprobs
+from support.house_sft import examples
+from support.instruct import Batches, follow, pad_examples, prompt_ids, respond, to_row
+from support.ppo import PPOConfig, guess_loss, only_top, ppo, roll_out, token_logprobs, weigh
 from support.pretrained import load
 from support.reward import RewardModel, pair_batch, reward_loss
 from support.shards import Windows
@@ -32,13 +35,23 @@ from support.tasks import judge, pairs, requests
 from support.train import TrainConfig, evaluate, train
 
 SEEDS = (0, 1, 2)
-KL_MAIN, KL_COEFS = 0.05, {0.05: (0,), 0.0: (0,)}
-BETAS = {0.1: (0,)}
+RUNS_OF = {  # method, setting: its seeds. "free" is PPO, and "plain" is DPO, without SFT's loss
+    "ppo": {0.1: SEEDS},
+    "free": {0.0: (0,)},
+    "dpo": {0.3: SEEDS, 0.1: (0,), 1.0: (0,)},
+    "plain": {0.3: (0,)},
+}
+KL_MAIN = 0.1
 BEST_OF = (2, 4)
-N_REQUESTS, N_ENDINGS, N_TEST_PAIRS = 80, 100, 150
-REWARD = {"pairs": 280, "lr": 1e-3, "warmup": 5}
-DPO = {"pairs": 160, "lr": 3e-4, "warmup": 3}
-PPO = {"steps": 6, "batch_size": 24, "minibatch": 8, "epochs": 1, "lr": 5e-4, "lam": 0.99}
+N_REQUESTS, N_ENDINGS, N_TEST_PAIRS = 96, 100, 150
+REWARD = {"pairs": 560, "lr": 1e-3, "warmup": 5}
+TOLD = ("continue", "ending", "write")  # tasks of SFT's examples beside PPO
+DPO_TASKS = ("continue", "ending")
+VALUE = {"pairs": 280, "lr": 1e-3, "warmup": 3}
+DPO = {"pairs": 1920, "lr": 6e-4, "warmup": 5}
+PPO = {"steps": 24, "batch_size": 48, "minibatch": 16, "lr": 1e-3, "value_lr": 3e-4, "lam": 0.85}
+TOP = {"ppo": 3, "free": 3, "dpo": 5, "plain": 5}  # blocks that learn
+SFT_COEF = {"ppo": 0.6, "free": 0.0, "dpo": 10.0, "plain": 0.0}
 
 MODELS, RUNS = DATA / "models", DATA / "cache" / "alignment"
 SFT, TOKENIZER = load("story-sft")
@@ -60,10 +73,11 @@ def story_loss(model) -> float:
 
 
 @cache
-def follows(model) -> float:
-    """Return the mean over all tasks of the share of requests that a model follows, greedily."""
+def follows(model) -> dict:
+    """Return the share of requests that a model follows, greedily: the mean, and of each task."""
     asked = list(islice(requests(22, "test"), N_REQUESTS))
-    return follow(model, TOKENIZER, asked, max_new_tokens=250, temperature=0)[0]["mean"]
+    shares, _ = follow(model, TOKENIZER, asked, max_new_tokens=300, temperature=0)
+    return {"follows": shares.pop("mean")} | shares.to_dict()
 
 
 def distinct(texts: list[str], n: int = 3) -> float:
@@ -73,10 +87,10 @@ def distinct(texts: list[str], n: int = 3) -> float:
     return len(set(runs)) / max(len(runs), 1)
 
 
-def write(policy, seed: int) -> list[tuple[str, bool]]:
-    """Return an ending of each test story, and whether it ended; at 1, too many would stumble."""
+def write(policy, seed: int, temperature: float = 0.5) -> list[tuple[str, bool]]:
+    """Return an ending of each test story, and whether it ended."""
     draws, prompts = torch.Generator().manual_seed(100 + seed), [r.prompt for r in ASKED]
-    return respond(policy, TOKENIZER, prompts, 120, 50, temperature=0.5, generator=draws)
+    return respond(policy, TOKENIZER, prompts, 120, 50, temperature=temperature, generator=draws)
 
 
 @torch.no_grad()
@@ -96,17 +110,16 @@ def read(said, policy, judge_model) -> tuple[np.ndarray, np.ndarray]:
     return np.array(scores) - PPOConfig(1).unfinished * unfinished, np.array(gone)
 
 
-def of_endings(said, policy, judge_model) -> tuple[dict, dict]:
+def of_endings(said, judge_model) -> tuple[dict, dict]:
     """Return what is true of endings, and the endings, for the two tables."""
     found = [
         judge(text, request.story.facts) if ended else "neither"
         for (text, ended), request in zip(said, ASKED, strict=True)
     ]
-    texts, (scores, gone) = [text for text, _ in said], read(said, policy, judge_model)
+    texts, (scores, _) = [text for text, _ in said], read(said, SFT, judge_model)
     shares = {kind: found.count(kind) / len(found) for kind in ("happy", "sad", "neither")}
     measures = {
         "score": scores.mean(),
-        "kl": gone.mean(),
         "length": np.mean([len(text.split()) for text in texts]),
         "distinct": distinct(texts),
     }
@@ -114,9 +127,15 @@ def of_endings(said, policy, judge_model) -> tuple[dict, dict]:
 
 
 def whole(policy, seed: int) -> tuple[dict, dict]:
-    """Return all that is measured of a policy."""
-    numbers, written = of_endings(write(policy, seed), policy, reward_model(seed))
-    return numbers | {"follows": follows(policy), "story_loss": story_loss(policy)}, written
+    """Return all that is measured of a policy; its distance from SFT is that at temperature 1."""
+    numbers, written = of_endings(write(policy, seed), reward_model(seed))
+    at_1 = write(policy, seed, temperature=1.0)
+    more = {
+        "kl": read(at_1, policy, reward_model(seed))[1].mean(),
+        "happy_at_1": of_endings(at_1, reward_model(seed))[0]["happy"],
+        "story_loss": story_loss(policy),
+    }
+    return numbers | more | follows(policy), written
 
 
 # ---- what is kept -------------------------------------------------------------------------------
@@ -124,18 +143,22 @@ def whole(policy, seed: int) -> tuple[dict, dict]:
 
 def record(method: str, setting: float, seed: int, make) -> None:
     """Add a run to the table, if it is not there; `make` returns its numbers and what it wrote."""
-    path = MODELS / "alignment.csv"
-    done = pd.read_csv(path) if path.exists() else pd.DataFrame()
-    key, started = {"method": method, "setting": setting, "seed": seed}, time.perf_counter()
+    key, started, done = {"method": method, "setting": setting, "seed": seed}, time.time(), table()
     if len(done) and (done[list(key)] == pd.Series(key)).all(axis=1).any():
         return
     numbers, written = make()
     row = key | {name: round(float(number), 5) for name, number in numbers.items()}
-    print(f"{time.perf_counter() - started:.0f} s", row, flush=True)
-    table = pd.concat([done, pd.DataFrame([row])]) if len(done) else pd.DataFrame([row])
-    write_atomic(path, table.to_csv(index=False).encode())
+    print(f"{time.time() - started:.0f} s", row, flush=True)
+    rows = pd.concat([table(), pd.DataFrame([row])])  # read again: others may have written
+    rows = rows.sort_values(list(key), kind="stable")
+    write_atomic(MODELS / "alignment.csv", rows.to_csv(index=False).encode())
     if written and seed == 0:
         remember(f"{method} {setting:g}", written)
+
+
+def table() -> pd.DataFrame:
+    path = MODELS / "alignment.csv"
+    return pd.read_csv(path) if path.exists() else pd.DataFrame()
 
 
 def remember(name: str, what) -> None:
@@ -184,31 +207,53 @@ def reward_model(seed: int) -> RewardModel:
     return trained(f"reward-{seed}", RewardModel(SFT), teach)
 
 
-def by_dpo(seed: int, beta: float):
+def value_model(seed: int) -> RewardModel:
+    """Return the reward model after it has learned to guess, at every token, its own score."""
+
     def teach(model):
-        rows = [to_rows(pair) for pair in some_pairs(DPO["pairs"], seed)]
+        rows = [row for pair in some_pairs(VALUE["pairs"], seed) for row in to_rows(pair)]
+        with torch.no_grad():
+            scores = [model.score(*pad_examples([row])).item() for row in rows]
+        items = list(zip(rows, scores, strict=True))
+        batches = Batches(items, 16, scored_batch, lambda item: len(item[0].ids), seed)
+        config = TrainConfig(len(batches), 16, VALUE["lr"], warmup=VALUE["warmup"], seed=seed)
+        train(model, batches, config, loss=guess_loss)
+
+    return trained(f"value-{seed}", reward_model(seed), teach)
+
+
+def scored_batch(items):
+    rows, scores = zip(*items, strict=True)
+    return *pad_examples(rows), torch.tensor(scores)
+
+
+def by_dpo(method: str, beta: float, seed: int):
+    def teach(model):
+        rows = [to_rows(pair) for pair in some_pairs(DPO["pairs"], seed, tasks=DPO_TASKS)]
         items = with_reference(SFT, rows)
-        batches = Batches(items, 8, preference_batch, lambda item: pair_length(item[0]), seed)
-        config = TrainConfig(len(rows) // 8, 8, DPO["lr"], warmup=DPO["warmup"], seed=seed)
-        train(model, batches, config, loss=preference_loss(beta))
+        batches = Batches(items, 16, preference_batch, lambda item: pair_length(item[0]), seed)
+        config = TrainConfig(len(batches), 16, DPO["lr"], warmup=DPO["warmup"], seed=seed)
+        train(model, batches, config, loss=preference_loss(beta, SFT_COEF[method]))
 
-    return trained(f"dpo-{beta}-{seed}", copy.deepcopy(SFT), teach)
+    return trained(f"{method}-{beta}-{seed}", only_top(copy.deepcopy(SFT), TOP[method]), teach)
 
 
-def by_ppo(seed: int, kl_coef: float):
+def by_ppo(method: str, kl_coef: float, seed: int):
     def teach(policy):
-        judge_model, values = reward_model(seed), reward_model(seed)
-        values.body.requires_grad_(False)  # of the value model only the head learns
-        values.body.head.requires_grad_(True)
-        config = PPOConfig(kl_coef=kl_coef, seed=seed, **PPO)
+        judge_model, values = reward_model(seed), value_model(seed)
+        config = PPOConfig(kl_coef=kl_coef, sft_coef=SFT_COEF[method], seed=seed, **PPO)
         found = islice(requests(seed, "train", ["continue"]), config.steps * config.batch_size)
         prompts = [prompt_ids(TOKENIZER, request.prompt) for request in found]
         batches = Batches(prompts, config.batch_size, list, len, seed)
-        log = ppo(policy, SFT, judge_model, values, batches, STOP_ID, config)
+        told = None
+        if config.sft_coef:
+            rows = examples(TOKENIZER, 8 * 6 * config.steps, CONTEXT, 9 + seed, tasks=TOLD)
+            told = Batches(rows, 8, pad_examples, seed=seed)
+        log = ppo(policy, SFT, judge_model, values, batches, STOP_ID, config, told)
         RUNS.mkdir(parents=True, exist_ok=True)
-        log.round(4).to_csv(RUNS / f"ppo-{kl_coef}-{seed}.csv", index=False)
+        log.round(4).to_csv(RUNS / f"{method}-{kl_coef}-{seed}.csv", index=False)
 
-    return trained(f"ppo-{kl_coef}-{seed}", copy.deepcopy(SFT), teach)
+    return trained(f"{method}-{kl_coef}-{seed}", only_top(copy.deepcopy(SFT), TOP[method]), teach)
 
 
 # ---- the reward model against a bag of words ----------------------------------------------------
@@ -250,7 +295,7 @@ def compare_rewards() -> None:
         for i, name in enumerate(("plain", "dreams"))
     }
     truth = {name: np.array([1 - 2 * p.mistaken for p in some]) for name, some in tests.items()}
-    table = []
+    rows = []
     for seed in SEEDS:
         margins = {name: margins_of(reward_model(seed), some) for name, some in tests.items()}
         found = bag_margins(some_pairs(REWARD["pairs"], seed, dreams=0.5), tests)
@@ -259,11 +304,41 @@ def compare_rewards() -> None:
         for name, margin in margins.items():
             row[name] = accuracy(margin)
             row[f"{name}_true"] = accuracy(margin * truth[name.removeprefix("bag_")])
-        table.append(row)
+        rows.append(row)
         print(row, flush=True)
         if seed == 0:
             remember("margins", margins["plain"].round(4).tolist())
-    write_atomic(MODELS / "reward.csv", pd.DataFrame(table).round(4).to_csv(index=False).encode())
+    write_atomic(MODELS / "reward.csv", pd.DataFrame(rows).round(4).to_csv(index=False).encode())
+
+
+def compare_gradients(batches: int = 5, n: int = 64) -> None:
+    """Write `agreement.csv`: the mean cosine between PPO's gradients of different answers, by part.
+
+    1 would be all signal, 0 all noise.
+    """
+    config, draws = PPOConfig(1, **PPO), torch.Generator().manual_seed(0)
+    asked, found = requests(0, "train", ["continue"]), []
+    for _ in range(batches):
+        prompts = [prompt_ids(TOKENIZER, request.prompt) for request in islice(asked, n)]
+        others = SFT, reward_model(0), value_model(0)
+        rolled = roll_out(SFT, *others, prompts, STOP_ID, config, draws)
+        advantages, _ = weigh(rolled, 0.0, config)
+        policy = copy.deepcopy(SFT)
+        for rows in torch.arange(n).split(16):
+            ids, mask = rolled.ids[rows], rolled.mask[rows]
+            logprobs = token_logprobs(policy, ids, mask)
+            (logprobs * advantages[rows]).sum().backward()
+        found.append({name: weight.grad.flatten() for name, weight in policy.named_parameters()})
+    parts = {"all": ""} | {f"block {i + 1}": f"blocks.{i}." for i in range(len(SFT.blocks))}
+    rows = []
+    for part, beginning in (parts | {"the last norm": "ln."}).items():
+        names = [name for name in found[0] if name.startswith(beginning)]
+        gradients = [torch.cat([one[name] for name in names]) for one in found]
+        directions = torch.stack([g / g.norm() for g in gradients])
+        cosines = (directions @ directions.T)[torch.triu_indices(batches, batches, 1).unbind()]
+        rows.append({"part": part, "weights": len(gradients[0]), "cosine": cosines.mean().item()})
+        print(rows[-1], flush=True)
+    write_atomic(MODELS / "agreement.csv", pd.DataFrame(rows).round(4).to_csv(index=False).encode())
 
 
 # ---- all of it ----------------------------------------------------------------------------------
@@ -272,34 +347,41 @@ def compare_rewards() -> None:
 def compare_best_of_n() -> None:
     """Let three judges choose among the same endings, of which SFT wrote four a story."""
     said = [write(SFT, 1000 + i) for i in range(max(BEST_OF))]
-    kept = {"follows": follows(SFT), "story_loss": story_loss(SFT)}  # the model stays as it is
+    kept = follows(SFT) | {"story_loss": story_loss(SFT)}  # the model stays as it is
     for seed in SEEDS:
         scores = np.array([read(some, SFT, reward_model(seed))[0] for some in said])  # (n, prompts)
         for n in BEST_OF:
             best = [said[i][j] for j, i in enumerate(scores[:n].argmax(axis=0))]
             # The distance of the best of n has this bound: Stiennon et al., 2020, appendix G.3.
             more = kept | {"kl": math.log(n) - (n - 1) / n}
-            numbers, written = of_endings(best, SFT, reward_model(seed))
+            numbers, written = of_endings(best, reward_model(seed))
             record("best", n, seed, lambda found=(numbers | more, written): found)
 
 
-def main() -> None:
+def main(kinds=("ppo", "dpo")) -> None:
+    makers = {"ppo": by_ppo, "free": by_ppo, "dpo": by_dpo, "plain": by_dpo}
+    for method, runs in RUNS_OF.items():
+        make = makers[method]
+        if make.__name__.removeprefix("by_") in kinds:
+            for setting, seeds in runs.items():
+                for seed in seeds:
+                    run = (method, setting, seed)
+                    record(*run, lambda run=run, make=make: whole(make(*run), run[2]))
+    if len(kinds) == 1:
+        return
     base, _ = load("story")
     record("base", 0, 0, lambda: ({"story_loss": story_loss(base)}, {}))
+    for seed in SEEDS:
+        record("sft", 0, seed, lambda seed=seed: whole(SFT, seed))
     if not (MODELS / "reward.csv").exists():
         compare_rewards()
-    for seed in SEEDS:
-        record("sft", 0, seed, lambda s=seed: whole(SFT, s))
-    by = {"dpo": by_dpo, "ppo": by_ppo}
-    runs = [("dpo", beta, seed) for beta, seeds in BETAS.items() for seed in seeds]
-    runs += [("ppo", kl_coef, seed) for kl_coef, seeds in KL_COEFS.items() for seed in seeds]
-    for method, setting, seed in runs:
-        record(method, setting, seed, lambda m=method, v=setting, s=seed: whole(by[m](s, v), s))
-    for name, kl_coef in (("leash", KL_MAIN), ("free", 0.0)):
-        write_atomic(MODELS / f"ppo_{name}.csv", (RUNS / f"ppo-{kl_coef}-0.csv").read_bytes())
-    if "best" not in set(pd.read_csv(MODELS / "alignment.csv").method):
+    for name, run in {"leash": f"ppo-{KL_MAIN}-0", "free": "free-0.0-0"}.items():
+        write_atomic(MODELS / f"ppo_{name}.csv", (RUNS / f"{run}.csv").read_bytes())
+    if "best" not in set(table().method):
         compare_best_of_n()
+    if not (MODELS / "agreement.csv").exists():
+        compare_gradients()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or ("ppo", "dpo"))

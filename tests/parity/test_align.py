@@ -20,11 +20,13 @@ from support.align import (
     with_reference,
 )
 from support.gpt import GPTConfig, GPTModel
-from support.instruct import Example
+from support.instruct import Example, pad_examples
 from support.ppo import (
     PPOConfig,
     adapted,
     gae,
+    guess_loss,
+    only_top,
     penalized,
     policy_loss,
     ppo,
@@ -85,8 +87,8 @@ def settings_of(kind, folder, **options):
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
-def test_dpo_and_ipo_equal_trls_trainer(kind, gpt_pair, words, tmp_path):
+@pytest.mark.parametrize("kinds", [{"sigmoid": 1.0}, {"sigmoid": 1.0, "sft": 0.7}, {"ipo": 1.0}])
+def test_dpo_and_ipo_equal_trls_trainer(kinds, gpt_pair, words, tmp_path):
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
     (theirs, ours), (their_reference, our_reference) = gpt_pair(seed=1), gpt_pair(seed=2)
@@ -94,7 +96,14 @@ def test_dpo_and_ipo_equal_trls_trainer(kind, gpt_pair, words, tmp_path):
     trainer = trl.DPOTrainer(
         theirs,
         their_reference,
-        args=settings_of(trl.DPOConfig, tmp_path, beta=beta, loss_type=[kind], max_length=16),
+        args=settings_of(
+            trl.DPOConfig,
+            tmp_path,
+            beta=beta,
+            loss_type=list(kinds),
+            loss_weights=list(kinds.values()),
+            max_length=16,
+        ),
         train_dataset=datasets.Dataset.from_list(
             [{"prompt": "w1 w2", "chosen": " w3 w4", "rejected": " w5"}] * 2
         ),
@@ -111,8 +120,8 @@ def test_dpo_and_ipo_equal_trls_trainer(kind, gpt_pair, words, tmp_path):
     }
     want = trainer.compute_loss(theirs, inputs)
     reference = preference_batch(with_reference(our_reference, pairs))[2]
-    if kind == "sigmoid":
-        total, n = preference_loss(beta)(ours, ids, mask, reference)
+    if "sigmoid" in kinds:
+        total, n = preference_loss(beta, kinds.get("sft", 0.0))(ours, ids, mask, reference)
         assert n == 4
         same(total / n, want)
         (total / n).backward()
@@ -396,6 +405,30 @@ def test_ppo_learns_what_is_liked_and_the_penalty_holds_it_back():
     assert free.kl > held.kl + 1 and held.kl < 2
 
 
+def test_examples_keep_what_ppo_would_forget():
+    row = Example([1, 2, 3, 4, 5, END], [False] * 2 + [True] * 4)
+    examples, told = pad_examples([row]), {}
+    for coef in (0.0, 1.0):
+        policy, *others = models()
+        config = PPOConfig(steps=20, sft_coef=coef, **CONFIG)
+        log = ppo(policy, *others, prompts, END, config, lambda change: examples)
+        told[coef] = token_logprobs(policy, *examples).sum().item()
+        assert log.score.tail(5).mean() > log.score[0] + 0.1
+    assert told[1.0] > told[0.0] + 1
+
+
+def test_a_value_model_learns_to_guess_the_score_of_every_token():
+    rows = [random_row(np.random.default_rng(i), prompt=2 + i % 3) for i in range(8)]
+    values, (ids, mask) = RewardModel(small_model()), pad_examples(rows)
+    scores = torch.arange(8) / 4 - 1
+    total, n = guess_loss(values, ids, mask, scores)  # its head is zero
+    assert n == mask.sum() and total.item() == pytest.approx((scores**2).sum().item() * 5)
+    train(values, lambda _: (ids, mask, scores), TrainConfig(60, 8, lr=3e-3), loss=guess_loss)
+    for i, row in enumerate(rows):  # the token before the answer guesses already
+        guesses = values(torch.tensor([row.ids]))[0, -6:-1]
+        same(guesses, scores[i].expand(5), tolerance=0.1)
+
+
 def test_a_frozen_value_body_is_left_alone():
     policy, reference, judge, values = models()
     values.body.requires_grad_(False)
@@ -406,6 +439,14 @@ def test_a_frozen_value_body_is_left_alone():
     assert changed == {"body.head.weight", "body.head.bias"}
     for mine, first in zip(reference.parameters(), small_model().parameters(), strict=True):
         assert torch.equal(mine, first)
+
+
+def test_only_the_top_learns():
+    policy, *others = models()
+    before = {name: p.clone() for name, p in policy.named_parameters()}
+    ppo(only_top(policy, 1), *others, prompts, END, PPOConfig(steps=2, **CONFIG))
+    changed = {n for n, p in policy.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == {n for n in before if n.startswith(("blocks.1.", "ln."))}
 
 
 def test_the_coefficient_adapts_in_the_loop():
