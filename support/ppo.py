@@ -236,9 +236,8 @@ def ppo(
     paced = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (rise + 1), 1) * (1 - step / config.steps)
     )
-    draws = torch.Generator().manual_seed(config.seed)
+    draws, changes = torch.Generator().manual_seed(config.seed), count()
     models, kl_coef, log = (policy, reference, reward_model, value_model), config.kl_coef, []
-    changes = count()
     with evaluating(policy), evaluating(value_model):  # dropout would change the ratios
         for step in progress(range(config.steps), "PPO"):
             rolled = roll_out(*models, prompts(step), stop_id, config, draws)
