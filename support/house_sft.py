@@ -34,7 +34,7 @@ def examine(tokenizer, number: int = 400) -> pd.DataFrame:
     asked, shares = list(islice(requests(2, "test"), number)), {}
     for name in ("story", "story-sft"):
         model, _ = load(name)
-        shares[name], _ = follow(model, tokenizer, asked, max_new_tokens=300, temperature=0)
+        shares[name], _ = follow(model, tokenizer, asked, temperature=0)
     return pd.DataFrame(shares).rename_axis("task").round(4)
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     def measure(row: dict) -> None:
         """Every eval_every steps, write down how many requests of each task it follows."""
         if row["step"] % config.eval_every == 0:
-            shares, _ = follow(model, tokenizer, asked, max_new_tokens=300, temperature=0)
+            shares, _ = follow(model, tokenizer, asked, temperature=0)
             before = pd.read_csv(kept) if kept.exists() else pd.DataFrame({"step": []})
             before = before[before.step < row["step"]]  # of a run that was continued
             table = pd.concat([before, pd.DataFrame([{"step": row["step"]} | shares.to_dict()])])

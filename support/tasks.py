@@ -44,7 +44,7 @@ class Request:
 class Pair:
     """Two answers to a request for an ending, and which of them somebody preferred.
 
-    `mistaken` says that this was the other one than they like.
+    `mistaken` says that it was the wrong one: see `pairs`.
     """
 
     prompt: str

@@ -2,7 +2,7 @@
 
 Run `python tests/bench/alignment.py`, about an hour on one core. What is in the tables is not
 made again, and the weights of the runs lie in `data/cache/alignment`: delete both to begin anew.
-To use two cores, run it with `ppo` and, in another window, with `dpo`, and at last with neither.
+To use two cores, run it with `ppo free` and, in another window, with `dpo`; at last with neither.
 All runs begin with the shipped `story-sft`, so the seeds differ in everything but that. The tables,
 in `data/models`: `alignment.csv`, `reward.csv`, `agreement.csv`, `ppo_leash.csv` and
 `ppo_free.csv`; and what was written, `alignment.json`.
@@ -75,7 +75,7 @@ def story_loss(model) -> float:
 def follows(model) -> dict:
     """Return the share of requests that a model follows, greedily: the mean, and of each task."""
     asked = list(islice(requests(22, "test"), N_REQUESTS))
-    shares, _ = follow(model, TOKENIZER, asked, max_new_tokens=300, temperature=0)
+    shares, _ = follow(model, TOKENIZER, asked, temperature=0)
     return {"follows": shares.pop("mean")} | shares.to_dict()
 
 
@@ -92,33 +92,46 @@ def write(policy, seed: int, temperature: float = 0.5) -> list[tuple[str, bool]]
     return respond(policy, TOKENIZER, prompts, 120, 50, temperature=temperature, generator=draws)
 
 
+def said_rows(said) -> list:
+    """Return the test requests with what was said to them, as rows."""
+    return [to_row(TOKENIZER, r.prompt, t or ".") for r, (t, _) in zip(ASKED, said, strict=True)]
+
+
 @torch.no_grad()
-def read(said, policy, judge_model) -> tuple[np.ndarray, np.ndarray]:
-    """Return each ending's score, as PPO sees it, and its log p by the policy less that by SFT."""
-    rows = [to_row(TOKENIZER, r.prompt, t or ".") for r, (t, _) in zip(ASKED, said, strict=True)]
-    scores, gone = [], []
-    for i in range(0, len(rows), 20):
-        ids, mask = (x[:, 0] for x in pair_batch([(row, row) for row in rows[i : i + 20]]))
-        if policy is SFT:
-            gone += [0.0] * len(ids)
-        else:
-            far = token_logprobs(policy, ids, mask) - token_logprobs(SFT, ids, mask)
-            gone += far.sum(dim=1).tolist()
-        scores += judge_model.score(ids, mask).tolist()
+def in_parts(measure, rows) -> np.ndarray:
+    """Return what measure(ids, mask) says of each row, (n,)."""
+    parts = [measure(*pad_examples(rows[i : i + 20])) for i in range(0, len(rows), 20)]
+    return torch.cat(parts).numpy()
+
+
+def scores_of(said, judge_model) -> np.ndarray:
+    """Return the score of each ending, as PPO sees it, (n,)."""
     unfinished = np.array([not ended for _, ended in said])
-    return np.array(scores) - PPOConfig(1).unfinished * unfinished, np.array(gone)
+    return in_parts(judge_model.score, said_rows(said)) - PPOConfig(1).unfinished * unfinished
+
+
+def distance(said, policy) -> float:
+    """Return log p by the policy less that by SFT, the mean over the policy's own endings."""
+
+    def gone(ids, mask):
+        return (token_logprobs(policy, ids, mask) - token_logprobs(SFT, ids, mask)).sum(dim=1)
+
+    return in_parts(gone, said_rows(said)).mean()
+
+
+def verdicts(said) -> list[str]:
+    return [
+        judge(text, request.story.facts) if ended else "neither"
+        for (text, ended), request in zip(said, ASKED, strict=True)
+    ]
 
 
 def of_endings(said, judge_model) -> tuple[dict, dict]:
     """Return what is true of endings, and the endings, for the two tables."""
-    found = [
-        judge(text, request.story.facts) if ended else "neither"
-        for (text, ended), request in zip(said, ASKED, strict=True)
-    ]
-    texts, (scores, _) = [text for text, _ in said], read(said, SFT, judge_model)
+    found, texts = verdicts(said), [text for text, _ in said]
     shares = {kind: found.count(kind) / len(found) for kind in ("happy", "sad", "neither")}
     measures = {
-        "score": scores.mean(),
+        "score": scores_of(said, judge_model).mean(),
         "length": np.mean([len(text.split()) for text in texts]),
         "distinct": distinct(texts),
     }
@@ -130,8 +143,8 @@ def whole(policy, seed: int) -> tuple[dict, dict]:
     numbers, written = of_endings(write(policy, seed), reward_model(seed))
     at_1 = write(policy, seed, temperature=1.0)
     more = {
-        "kl": read(at_1, policy, reward_model(seed))[1].mean(),
-        "happy_at_1": of_endings(at_1, reward_model(seed))[0]["happy"],
+        "kl": distance(at_1, policy),
+        "happy_at_1": verdicts(at_1).count("happy") / len(at_1),
         "story_loss": story_loss(policy),
     }
     return numbers | more | follows(policy), written
@@ -211,9 +224,7 @@ def value_model(seed: int) -> RewardModel:
 
     def teach(model):
         rows = [row for pair in some_pairs(VALUE["pairs"], seed) for row in to_rows(pair)]
-        with torch.no_grad():
-            scores = [model.score(*pad_examples([row])).item() for row in rows]
-        items = list(zip(rows, scores, strict=True))
+        items = list(zip(rows, in_parts(model.score, rows).tolist(), strict=True))
         batches = Batches(items, 16, scored_batch, lambda item: len(item[0].ids), seed)
         config = TrainConfig(len(batches), 16, VALUE["lr"], warmup=VALUE["warmup"], seed=seed)
         train(model, batches, config, loss=guess_loss)
@@ -278,13 +289,10 @@ def bag_margins(train_pairs, tests: dict) -> dict[str, np.ndarray]:
     return {name: bag.decision_function(differences(some)).round(6) for name, some in tests.items()}
 
 
-@torch.no_grad()
 def margins_of(model: RewardModel, some) -> np.ndarray:
-    found = []
-    for i in range(0, len(some), 10):
-        ids, mask = (x.flatten(0, 1) for x in pair_batch([to_rows(p) for p in some[i : i + 10]]))
-        found += (model.score(ids, mask).view(-1, 2) @ torch.tensor([1.0, -1.0])).tolist()
-    return np.array(found)
+    sides = zip(*map(to_rows, some), strict=True)
+    chosen, rejected = (in_parts(model.score, side) for side in sides)
+    return chosen - rejected
 
 
 def compare_rewards() -> None:
@@ -348,7 +356,7 @@ def compare_best_of_n() -> None:
     said = [write(SFT, 1000 + i) for i in range(max(BEST_OF))]
     kept = follows(SFT) | {"story_loss": story_loss(SFT)}  # the model stays as it is
     for seed in SEEDS:
-        scores = np.array([read(some, SFT, reward_model(seed))[0] for some in said])  # (n, prompts)
+        scores = np.array([scores_of(some, reward_model(seed)) for some in said])  # (n, prompts)
         for n in BEST_OF:
             best = [said[i][j] for j, i in enumerate(scores[:n].argmax(axis=0))]
             # The distance of the best of n has this bound: Stiennon et al., 2020, appendix G.3.
@@ -357,16 +365,14 @@ def compare_best_of_n() -> None:
             record("best", n, seed, lambda found=(numbers | more, written): found)
 
 
-def main(kinds=("ppo", "dpo")) -> None:
+def main(methods=()) -> None:
     makers = {"ppo": by_ppo, "free": by_ppo, "dpo": by_dpo}
-    for method, runs in RUNS_OF.items():
-        make = makers[method]
-        if make.__name__.removeprefix("by_") in kinds:
-            for setting, seeds in runs.items():
-                for seed in seeds:
-                    run = (method, setting, seed)
-                    record(*run, lambda run=run, make=make: whole(make(*run), run[2]))
-    if len(kinds) == 1:
+    for method in methods or RUNS_OF:
+        for setting, seeds in RUNS_OF[method].items():
+            for seed in seeds:
+                run, make = (method, setting, seed), makers[method]
+                record(*run, lambda run=run, make=make: whole(make(*run), run[2]))
+    if methods:
         return
     base, _ = load("story")
     record("base", 0, 0, lambda: ({"story_loss": story_loss(base)}, {}))
@@ -383,4 +389,4 @@ def main(kinds=("ppo", "dpo")) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or ("ppo", "dpo"))
+    main(sys.argv[1:])
