@@ -168,7 +168,8 @@ def respond(
 ) -> list[tuple[str, bool]]:
     """Return the model's answer to each instruction, and whether it ended by itself.
 
-    An answer also ends where the context is full. The options are those of `generate`.
+    An answer also ends where the context is full, its own or that of the longest prompt in its
+    batch. The options are those of `generate`.
     """
     stop_id = tokenizer.special_tokens[STOP]
     prompts = [prompt_ids(tokenizer, instruction) for instruction in instructions]

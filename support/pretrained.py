@@ -81,7 +81,7 @@ def load(name_or_path: str | Path) -> tuple[nn.Module, BPETokenizer | None]:
     if (path / "config.json").exists():
         return load_folder(path)
     if name in HOUSE:
-        raise DataError(f"{name} is not in {path}: run `{HOUSE[name]}` (an hour).")
+        raise DataError(f"{name} is not in {path}: run `{HOUSE[name]}` (an hour or two).")
     known = ", ".join([*HOUSE, "smollm2-135m", *HUB])
     raise DataError(f"No model {name!r}: name {known}, or a folder that has a config.json.")
 
