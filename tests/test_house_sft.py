@@ -66,7 +66,7 @@ def test_the_shipped_model_still_tells_stories(shipped):
         ids = torch.tensor([tokenizer.encode(story.text)])
         with torch.no_grad():
             losses = [token_loss(m, ids[:, :-1], ids[:, 1:])[0] for m in (base, model)]
-        assert losses[1] < losses[0] + 1.2 * ids.shape[1]
+        assert losses[1] < losses[0] + 0.3 * ids.shape[1]
 
 
 def test_the_weights_fit_on_the_page(shipped):
